@@ -1,0 +1,1 @@
+"""Races against peers, interleaved, with the ceiling of the same run."""

@@ -1,0 +1,1 @@
+"""Groups of ranks as values, and the collectives that run on them."""

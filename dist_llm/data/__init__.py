@@ -1,0 +1,1 @@
+"""Text to tokens to rows: tokenizer, shards and their index, the ordered loader."""

@@ -1,0 +1,1 @@
+"""Launch, build, one training step, the loop and its hooks."""

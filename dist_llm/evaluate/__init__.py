@@ -1,0 +1,1 @@
+"""Held-out bits per byte and the figures it is held against."""

@@ -1,0 +1,1 @@
+"""Fused ops: one folder an op, each with its plain PyTorch definition and a literal table of implementations."""

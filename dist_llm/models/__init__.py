@@ -1,0 +1,1 @@
+"""Models built from one block; they return hidden states."""

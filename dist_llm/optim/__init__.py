@@ -1,0 +1,1 @@
+"""Parameter groups, AdamW, learning-rate schedules, clipping."""
