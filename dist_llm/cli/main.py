@@ -1,0 +1,78 @@
+"""The command ``dist-llm``: find the verb, import only that verb, turn errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from dist_llm import __version__
+from dist_llm.utils.errors import ExitCode, UserError
+
+__all__ = ["main"]
+
+# verb: (what it does, module). A module offers `add_arguments(parser)` and `run(args) -> int`.
+VERBS = {
+    "doctor": ("say what is installed and active on this machine, what is not, and why", "dist_llm.cli.doctor"),
+    "data": ("prepare, check and show corpora", "dist_llm.cli.data"),
+    "config": ("show, validate and describe configs", "dist_llm.cli.config"),
+    "train": ("train the run a config describes, or go on with it", "dist_llm.cli.train"),
+    "generate": ("continue a prompt with a trained run", "dist_llm.cli.generate"),
+    "bench": ("race our code against its peers", "dist_llm.cli.bench"),
+    "report": ("draw a run as one HTML file", "dist_llm.cli.report"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in VERBS.items())
+    return (
+        "usage: dist-llm VERB [arguments]\n\n"
+        "Train language models on SLURM clusters, and trust the numbers.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "  dist-llm VERB --help      what the verb takes\n"
+        "  dist-llm --version\n\n"
+        "Exit codes are listed in docs/exit-codes.md.\n"
+    )
+
+
+def _drop_launcher_arguments(argv: list[str]) -> list[str]:
+    # The deepspeed launcher puts --local_rank=N first; the rank comes from the environment, so it says nothing new.
+    return [a for i, a in enumerate(argv) if not (i == 0 and a.startswith(("--local_rank=", "--local-rank=")))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    arguments = _drop_launcher_arguments(list(sys.argv[1:] if argv is None else argv))
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage(), end="")
+        return ExitCode.DONE if arguments else ExitCode.USAGE
+    if arguments[0] in ("-V", "--version"):
+        print(f"dist-llm {__version__}")
+        return ExitCode.DONE
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        near = get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else "; `dist-llm --help` lists them"
+        print(f"dist-llm: there is no verb '{verb}'{hint}", file=sys.stderr)
+        return ExitCode.USAGE
+    text, module_name = VERBS[verb]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(
+        prog=f"dist-llm {verb}", description=module.__doc__ or text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    try:
+        return int(module.run(parser.parse_args(rest)))
+    except UserError as error:
+        print(f"dist-llm {verb}: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"dist-llm {verb}: interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Nothing may be written to stdout any more, not even at exit.
+        sys.stderr.close()
+        return ExitCode.DONE
