@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(module.run(parser.parse_args(rest)))
     except UserError as error:
-        print(f"dist-llm {verb}: {error}", file=sys.stderr)
+        if not error.is_echo:
+            print(f"dist-llm {verb}: {error}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         print(f"dist-llm {verb}: interrupted", file=sys.stderr)

@@ -48,6 +48,7 @@ class UserError(ValueError):
     """A failure with one clear message and a documented exit code."""
 
     exit_code = ExitCode.USAGE
+    is_echo = False  # True on a rank where another rank says the same: it ends with the same code, silently
 
 
 class ConfigError(UserError):

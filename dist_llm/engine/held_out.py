@@ -1,0 +1,62 @@
+"""Loss on held-out documents, divided over the ranks: every token predicted once."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from dist_llm.comm.collectives import all_reduce_sum
+from dist_llm.comm.context import ParallelContext
+from dist_llm.config.schema import RunConfig
+from dist_llm.data.rows import IGNORE, RowDataset
+from dist_llm.engine.base import Engine
+from dist_llm.engine.batches import to_device
+
+__all__ = ["HeldOut", "evaluate_held_out"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Result of one evaluation."""
+
+    loss: float  # nats per target
+    bits_per_byte: float  # of the original text
+    tokens: int
+    bytes: float  # exact when all rows were read, else the share of the split's bytes
+    eval_s: float
+
+
+def evaluate_held_out(engine: Engine, ctx: ParallelContext, rows: RowDataset, config: RunConfig, *, limit: int | None) -> HeldOut:
+    """Evaluate on the validation split.
+
+    Args:
+        engine: holds the model.
+        ctx: where this rank stands.
+        rows: the validation split.
+        config: the run.
+        limit: read only that many rows; None reads all.
+    """
+    start = time.perf_counter()
+    micro = config.train.micro_batch_size
+    num_rows = rows.num_eval_rows if limit is None else min(limit, rows.num_eval_rows)
+    nll, tokens = 0.0, 0
+    # Every rank runs the same number of forwards, since under ZeRO-3 each of them is a collective: past the last row come
+    # rows of padding, in which no target counts.
+    for first in range(0, num_rows, micro * ctx.dp.size):
+        mine = range(first + ctx.dp.rank * micro, first + (ctx.dp.rank + 1) * micro)
+        batch = rows.eval_batch([n if n < num_rows else rows.num_eval_rows for n in mine])
+        tokens += int(np.count_nonzero(batch.targets != IGNORE))
+        nll += float(engine.eval_nll(to_device(batch, ctx.device, document_mask=config.data.document_mask)))
+    total_nll, total_tokens = all_reduce_sum([nll, float(tokens)], ctx.dp, ctx.device)
+    split_bytes, split_targets = rows.text_bytes, rows.num_eval_targets
+    num_bytes = split_bytes if limit is None or num_rows == rows.num_eval_rows else split_bytes * total_tokens / split_targets
+    return HeldOut(
+        loss=total_nll / total_tokens,
+        bits_per_byte=total_nll / math.log(2) / num_bytes,
+        tokens=int(total_tokens),
+        bytes=num_bytes,
+        eval_s=time.perf_counter() - start,
+    )

@@ -1,0 +1,88 @@
+"""Self-attention: projections, rotary positions, key-value cache, and whichever attention op it is given.
+
+B batch, T new tokens, S tokens seen, N query heads, K key and value heads, H head dim, D model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_llm.layers.linear import Linear
+from dist_llm.layers.rotary import apply_rotary
+
+__all__ = ["AttentionFn", "KeyValueCache", "SelfAttention"]
+
+AttentionFn = Callable[..., torch.Tensor]
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values one layer has seen, written in place.
+
+    keys, values: (B, capacity, K, H); the first ``length`` tokens are filled.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    length: int = 0
+
+    def append(self, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store T more tokens; return all seen so far, (B, S, K, H) each."""
+        stop = self.length + k_BTKH.shape[1]
+        assert stop <= self.keys.shape[1], f"cache of {self.keys.shape[1]} tokens asked to hold {stop}"
+        self.keys[:, self.length : stop] = k_BTKH
+        self.values[:, self.length : stop] = v_BTKH
+        self.length = stop
+        return self.keys[:, :stop], self.values[:, :stop]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep batch rows ``rows`` (B,), in that order: beam search moves hypotheses."""
+        self.keys = self.keys.index_select(0, rows)
+        self.values = self.values.index_select(0, rows)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with num_kv_heads <= num_heads (multi-head, grouped-query, multi-query)."""
+
+    def __init__(self, dim: int, *, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool, fn: AttentionFn) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.query = Linear(dim, num_heads * head_dim, bias=bias)
+        self.key = Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.value = Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.output = Linear(num_heads * head_dim, dim, bias=bias)
+        self.fn = fn
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        *,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        doc_ids: torch.Tensor | None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            x_BTD: (B, T, D).
+            rotary: cosine and sine of the T positions, or None with learned positions.
+            doc_ids: (B, T) int32; attention stays inside equal ids. None: one text a row.
+            cache: keys and values of earlier tokens; grows by T.
+
+        Returns:
+            (B, T, D).
+        """
+        q_BTNH = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BTKH = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTKH = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if rotary is not None:
+            q_BTNH = apply_rotary(q_BTNH, *rotary)
+            k_BTKH = apply_rotary(k_BTKH, *rotary)
+        if cache is not None:
+            k_BTKH, v_BTKH = cache.append(k_BTKH, v_BTKH)
+        out_BTNH = self.fn(q_BTNH, k_BTKH, v_BTKH, causal=True, doc_ids=doc_ids, scale=self.head_dim**-0.5)
+        return self.output(out_BTNH.flatten(-2))
