@@ -7,6 +7,7 @@ State goes in and out whole and under logical names, through its tensor-fragment
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "train_batch_size": config.train.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.batch_size // (micro * dp_size),
-        "gradient_clipping": config.optim.clip_norm,
+        # Stage 0 clips without telling the norm; we do it there, see DeepSpeedEngine._clip.
+        "gradient_clipping": config.optim.clip_norm if config.parallel.zero > 0 else 0.0,
         "bf16": {"enabled": not parameters_are_masters(config)},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -62,6 +64,7 @@ class DeepSpeedEngine:
         self.loss_module = loss_module
         self._dp_size = ctx.dp.size
         self._zero = config.parallel.zero
+        self._clip_norm = config.optim.clip_norm
         # The weights go in before DeepSpeed divides or rounds them; _load_state puts the unrounded masters in afterwards.
         loss_module.model.load_weights(state.weights)
         optimizer = build_adamw(loss_module.model.named_parameters(), config.optim)
@@ -82,16 +85,21 @@ class DeepSpeedEngine:
         """See ``Engine.train_step``."""
         total = torch.zeros((), device=batches[0].tokens.device)
         set_learning_rate(self._basic, lr)
-        for batch in batches:
+        norm: float | torch.Tensor | None = None
+        for i, batch in enumerate(batches):
             nll = self._engine(batch)
             # DeepSpeed averages gradients over its data-parallel group; we want their sum.
             loss = nll / num_tokens * self._dp_size
             # scale_wrt_gas=False: it would also divide by the number of micro-batches; num_tokens has counted them all.
             self._engine.backward(loss, scale_wrt_gas=False)
+            if self._zero == 0 and i == len(batches) - 1:
+                norm = self._clip()
             self._engine.step()  # acts at the last micro-batch only
             total += nll.detach()
-        norm = self._engine.get_global_grad_norm()
-        return total, float(norm) if norm is not None else float("nan")
+        if self._zero > 0:
+            norm = self._engine.get_global_grad_norm()
+        assert norm is not None, "DeepSpeed took a step without a gradient norm"
+        return total, float(norm)
 
     @torch.no_grad()
     def eval_nll(self, batch: DeviceBatch) -> torch.Tensor:
@@ -113,6 +121,14 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Let DeepSpeed remove its hooks; the process group belongs to whoever made it."""
         self._engine.destroy()
+
+    def _clip(self) -> torch.Tensor:
+        # After the last backward the gradients are reduced already, and whole on every rank.
+        parameters = [p for _, p in self._named]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        return norm
 
     def _load_state(self, state: TrainState) -> None:
         """Put masters, moments and step count where this stage keeps them.
@@ -179,7 +195,8 @@ class DeepSpeedEngine:
 
 def _import_deepspeed() -> Any:
     # Its logger speaks at INFO of every buffer; our console says what a user needs.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it finds by itself too, with a warning on every rank
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
