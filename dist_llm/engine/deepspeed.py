@@ -179,10 +179,11 @@ class DeepSpeedEngine:
             (parameter.data if key is None else self._basic.state[parameter][key]).copy_(value)
         elif self._zero == 3:
             # Its "full" setter cuts the last rank's part without padding and fails where the ranks do not divide the size.
-            part = parameter.ds_tensor.ds_numel
+            partition: Any = parameter.ds_tensor  # type: ignore[attr-defined]  # put there by ZeRO-3
+            part = partition.ds_numel
             rank = self._engine.optimizer._get_param_partition_rank(parameter)
             flat = torch.nn.functional.pad(value.flatten(), (0, part * self._dp_size - value.numel()))
-            mine = flat.narrow(0, rank * part, part).to(parameter.ds_tensor.device)
+            mine = flat.narrow(0, rank * part, part).to(partition.device)
             if key is None:
                 safe_set_local_fp32_param(parameter, mine)
             else:

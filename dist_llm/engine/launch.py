@@ -106,7 +106,7 @@ def open_context(launch: Launch, *, needs_process_group: bool, threads: int | No
         return ParallelContext(device=device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launch.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]  # it is public
     else:
         where = f"{launch.master_addr}:{launch.master_port}"
         try:

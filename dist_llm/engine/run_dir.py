@@ -91,9 +91,7 @@ def decide_start(root: Path, config: RunConfig, corpus: str) -> Start:
         )
     notes = [f"passing over a checkpoint: {p}" for p in problems]
     notes.append(f"going on from {found.directory} (step {manifest.step}, {manifest.tokens:,} tokens)")
-    return Start(
-        checkpoint=str(found.directory), step=manifest.step, next_sample=manifest.next_sample, tokens=manifest.tokens, notes=notes
-    )
+    return Start(checkpoint=str(found.directory), step=manifest.step, next_sample=manifest.next_sample, tokens=manifest.tokens, notes=notes)
 
 
 def checkpoint_at(start: Start, *, verify: bool = False) -> Checkpoint | None:
