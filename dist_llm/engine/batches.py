@@ -26,10 +26,7 @@ def rows_of_rank(first: int, *, batch_size: int, micro: int, rank: int, ranks: i
 
 def to_device(batch: Batch, device: torch.device, *, document_mask: bool) -> DeviceBatch:
     """Move one micro-batch to ``device``. Without ``document_mask`` a row is one text and positions run through it."""
-    if document_mask:
-        positions = torch.from_numpy(batch.positions)
-    else:
-        positions = torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape)
+    positions = torch.from_numpy(batch.positions) if document_mask else torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape)
     return DeviceBatch(
         tokens=torch.from_numpy(batch.tokens).to(device, non_blocking=True),
         targets=torch.from_numpy(batch.targets).to(device, non_blocking=True),

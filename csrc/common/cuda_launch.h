@@ -1,0 +1,68 @@
+// What every CUDA entry point needs: the current stream, 16-byte accesses, sums over a block, fp32 from any storage type.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+namespace dist_llm {
+
+// torch's current stream of a device: kernels launched on it keep the order of the caller's work.
+inline cudaStream_t current_stream(int32_t device_index) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+__device__ inline float to_float(float a) { return a; }
+__device__ inline float to_float(__half a) { return __half2float(a); }
+__device__ inline float to_float(__nv_bfloat16 a) { return __bfloat162float(a); }
+__device__ inline void from_float(float value, float* p) { *p = value; }
+__device__ inline void from_float(float value, __half* p) { *p = __float2half_rn(value); }
+__device__ inline void from_float(float value, __nv_bfloat16* p) { *p = __float2bfloat16_rn(value); }
+
+// N neighbouring elements that are loaded and stored together.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T at[N];
+};
+
+template <int N, class T>
+__device__ inline void load_floats(const T* p, float (&out)[N]) {
+  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(p);
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = to_float(pack.at[i]);
+}
+
+template <int N, class T>
+__device__ inline void store_floats(T* p, const float (&values)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) from_float(values[i], &pack.at[i]);
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
+inline bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// The sum over all threads of a block, given to all of them, always in the same order. `scratch` holds 32 numbers in shared
+// memory; blockDim.x is a multiple of 32. All threads of the block must call it.
+__device__ inline float block_sum(float value, float* scratch) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
+  __syncthreads();  // the previous sum may still be read
+  if (lane == 0) scratch[warp] = value;
+  __syncthreads();
+  value = lane < num_warps ? scratch[lane] : 0.f;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+}  // namespace dist_llm

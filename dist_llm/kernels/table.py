@@ -1,0 +1,43 @@
+"""All ops and their implementations, and what a run uses of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+import torch
+
+from dist_llm.kernels import attention, rms_norm
+from dist_llm.kernels.impl import Impl, select
+from dist_llm.utils.errors import ConfigError
+
+__all__ = ["TABLES", "choices"]
+
+# A function that layers can ask for -> its implementations, best first. Functions of one folder share its config key.
+TABLES: dict[str, tuple[Impl, ...]] = {
+    "attention": attention.IMPLS,
+    "rms_norm": rms_norm.IMPLS,
+    "rms_norm_residual": rms_norm.RESIDUAL_IMPLS,
+}
+
+
+def choices(device: torch.device, dtype: torch.dtype, requested: Mapping[str, str]) -> dict[str, Impl]:
+    """The implementation of every function for one run.
+
+    The engine logs the names, and compares them between ranks: two ranks that compute an op differently are not one run.
+
+    Args:
+        device: where the run computes.
+        dtype: of its activations.
+        requested: op -> ``auto`` or a name, as in the ``kernels`` section of a config; an op left out is ``auto``.
+
+    Raises:
+        ConfigError: an op or a name is unknown, or a named implementation cannot run here.
+    """
+    ops = sorted({table[0].op for table in TABLES.values()})
+    for op in requested:
+        if op not in ops:
+            near = get_close_matches(op, ops, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the ops are {', '.join(ops)}"
+            raise ConfigError(f"kernels.{op}: there is no such op; {hint}")
+    return {function: select(table, requested.get(table[0].op, "auto"), device, dtype) for function, table in TABLES.items()}

@@ -1,0 +1,52 @@
+"""Compile every .cu file under csrc/ for sm_80 and sm_90a, with warnings as errors, and throw the objects away.
+
+Needs nvcc and any build of torch (for its headers), but no GPU: it shows that the CUDA sources compile, not that they run.
+Exit status 0 when all compile or nvcc is not there (said plainly; --require makes that a failure), 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from setup import CSRC, CUDA_ARCHES, BuildError, find_torch, nvcc_command  # noqa: E402 - setup.py is not part of a package
+
+
+def main() -> int:
+    """Compile all sources; one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--require", action="store_true", help="fail where nvcc is not there")
+    arguments = parser.parse_args()
+    sources = sorted(CSRC.rglob("*.cu"))
+    if shutil.which("nvcc") is None:
+        print(f"compile_cuda: nvcc is not on PATH: {len(sources)} CUDA source(s) NOT compiled")
+        return 1 if arguments.require else 0
+    try:
+        torch = find_torch()
+    except BuildError as error:
+        print(f"compile_cuda: {error}", file=sys.stderr)
+        return 1
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in sources:
+            started = time.monotonic()
+            command = [*nvcc_command(source, Path(scratch) / "out.o", torch.include), "-Werror", "all-warnings"]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            verdict = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
+            arches = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHES)
+            print(f"compile_cuda: {source.relative_to(ROOT)} for {arches}: {verdict} in {time.monotonic() - started:.1f} s")
+            if done.returncode != 0:
+                print(done.stdout + done.stderr, file=sys.stderr)
+                failed += 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
