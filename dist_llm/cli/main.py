@@ -43,6 +43,13 @@ def _drop_launcher_arguments(argv: list[str]) -> list[str]:
     return [a for i, a in enumerate(argv) if not (i == 0 and a.startswith(("--local_rank=", "--local-rank=")))]
 
 
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    # Options may stand between positional words (`train CONFIG --dry-run a.b=c`), which parse_args would not take; verbs with
+    # sub-verbs cannot be parsed that way and do not need it.
+    has_subverbs = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+    return parser.parse_args(arguments) if has_subverbs else parser.parse_intermixed_args(arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = _drop_launcher_arguments(list(sys.argv[1:] if argv is None else argv))
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     module.add_arguments(parser)
     try:
-        return int(module.run(parser.parse_args(rest)))
+        return int(module.run(_parse(parser, rest)))
     except UserError as error:
         if not error.is_echo:
             print(f"dist-llm {verb}: {error}", file=sys.stderr)
