@@ -28,7 +28,7 @@ test: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 soak: setup-dev
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -v $(ARGS)
 
 check: setup-dev
 	$(BIN)/ruff check .

@@ -42,7 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
         from dist_llm.engine.dry_run import dry_run
 
         return dry_run(config, ranks=arguments.ranks, as_json=arguments.json)
-    from dist_llm.engine.attempt import run_attempt
-    from dist_llm.engine.launch import read_launch
+    from dist_llm.engine.stop import StopFlag
 
-    return run_attempt(config, read_launch())
+    # Before the seconds of imports that follow: a job can be pre-empted in them too.
+    with StopFlag() as stop:
+        from dist_llm.engine.attempt import run_attempt
+        from dist_llm.engine.launch import read_launch
+
+        return run_attempt(config, read_launch(), stop)

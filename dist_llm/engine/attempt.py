@@ -64,8 +64,8 @@ def open_rows(config: RunConfig) -> tuple[RowDataset, RowDataset | None]:
     return train, val if val.num_eval_rows else None
 
 
-def run_attempt(config: RunConfig, launch: Launch) -> int:
-    """Train, and return the exit code; every rank calls this.
+def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
+    """Train, and return the exit code; every rank calls this, with its signals already caught by ``stop``.
 
     Raises:
         UserError: something a person can mend; the same on every rank where it could be agreed on.
@@ -79,7 +79,7 @@ def run_attempt(config: RunConfig, launch: Launch) -> int:
     run_dir = Path(config.directory)
     progress: dict[str, Any] = {"step": None}
     with ExitStack() as stack:
-        stop = stack.enter_context(StopFlag(at_once=lambda: _say_stopped_at_once(run_dir, launch, progress)))
+        stop.at_once = lambda: _say_stopped_at_once(run_dir, launch, progress)
         clock = stack.enter_context(CommClock())  # before DeepSpeed exists: it keeps references to the functions
         if not torch.cuda.is_available():
             tune_allocator()

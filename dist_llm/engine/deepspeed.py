@@ -68,6 +68,8 @@ class DeepSpeedEngine:
         # The weights go in before DeepSpeed divides or rounds them; _load_state puts the unrounded masters in afterwards.
         loss_module.model.load_weights(state.weights)
         optimizer = build_adamw(loss_module.model.named_parameters(), config.optim)
+        # It insists on this variable, which srun does not set; what it says is what the context says.
+        os.environ["LOCAL_RANK"] = str(ctx.local_rank)
         self._engine, *_ = deepspeed.initialize(
             model=loss_module,
             optimizer=optimizer,

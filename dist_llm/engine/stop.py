@@ -28,12 +28,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopFlag:
     """Context manager around the training loop.
 
-    Args:
-        at_once: called, in the reading thread, when a second Ctrl-C ends the process right away.
+    ``at_once`` is called, in the reading thread, when a second Ctrl-C ends the process right away.
     """
 
-    def __init__(self, at_once: Callable[[], None] | None = None) -> None:
-        self._at_once = at_once
+    def __init__(self) -> None:
+        self.at_once: Callable[[], None] | None = None
         self._code = 0
         self._interrupted_at: float | None = None
         self._old_handlers: dict[int, object] = {}
@@ -65,8 +64,8 @@ class StopFlag:
         """Note one signal that arrived at monotonic time ``now`` (seconds)."""
         if number == signal.SIGINT:
             if self._interrupted_at is not None and now - self._interrupted_at >= SAME_PRESS_S:
-                if self._at_once is not None:
-                    self._at_once()
+                if self.at_once is not None:
+                    self.at_once()
                 os._exit(ExitCode.INTERRUPTED)
             if self._interrupted_at is None:
                 self._interrupted_at = now
