@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="PATH",
-        help="files, folders, .jsonl files, or the word 'stdlib': this Python's own library",
+        help="files, folders, .jsonl files, or the words 'stdlib', this Python's own library, and 'stdlib-tests', its test suites",
     )
     prepare.add_argument("--out", required=True, metavar="DIR", help="directory to write; it appears whole or not at all")
     pieces = prepare.add_mutually_exclusive_group()

@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="take the checkpoint of this step (default: the newest valid one)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, when the run's corpus is gone")
     parser.add_argument("--no-cache", action="store_true", help="read the whole context for each token: slow, for comparison")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one for each 25 million parameters, at most all cores)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, docs/generate.md")
 
 
@@ -82,10 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
     is_streamed = not args.json and args.beams is None and args.num_samples == 1
     started = time.perf_counter()
-    if is_streamed:
-        continuations = _stream(args, trained, sampling, prompt, prompt_ids)
-    else:
-        continuations = _collect(args, trained, sampling, prompt_ids)
+    write = _stream if is_streamed else _collect
+    continuations = write(args, trained, sampling, prompt, prompt_ids)
     tokens_per_s = sum(len(c.tokens) for c in continuations) / (time.perf_counter() - started)
     if args.json:
         print(json.dumps(_answer(trained, prompt, continuations, tokens_per_s)))
@@ -204,9 +204,10 @@ def _stream(args: argparse.Namespace, trained: TrainedRun, sampling: Sampling, p
     return continuations
 
 
-def _collect(args: argparse.Namespace, trained: TrainedRun, sampling: Sampling, prompt_ids: list[int]) -> list[Continuation]:
+def _collect(args: argparse.Namespace, trained: TrainedRun, sampling: Sampling, prompt: str, prompt_ids: list[int]) -> list[Continuation]:
     from dist_llm.generate.stream import StepProgress
 
+    del prompt  # printed later, with each continuation
     progress = StepProgress(args.max_new_tokens)
     try:
         return _continue(args, trained, sampling, prompt_ids, on_step=progress.update)

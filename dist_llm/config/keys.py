@@ -96,8 +96,9 @@ def nearest_key(key: str) -> str | None:
     namesakes = [known for known in KEYS if known.rpartition(".")[2] == name]
     if namesakes:
         return max(namesakes, key=lambda known: SequenceMatcher(None, known, key).ratio())
-    if name in SYNONYMS:
-        return SYNONYMS[name]
+    # Other trainers' names are recognised with a typo too: learning_rte.
+    if near := get_close_matches(name, SYNONYMS, n=1, cutoff=0.85):
+        return SYNONYMS[near[0]]
     siblings = [known for known in KEYS if known.rpartition(".")[0] == section]
     candidates = siblings + ([] if section else list(_SECTIONS))
     names = [known.rpartition(".")[2] for known in candidates]

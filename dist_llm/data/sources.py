@@ -1,5 +1,8 @@
 """Documents from what a user names: files, folders, jsonl files, and ``stdlib``, the running Python's own library.
 
+``stdlib`` leaves the library's test suites out: some distributions do not install them, so with them the default corpus would be
+another one on every machine, and 60 % of it tables and repeated fixtures. ``stdlib-tests`` names them.
+
 The order depends on names only. Bytes that are no UTF-8 are refused with their offset, or skipped and counted when asked.
 """
 
@@ -17,10 +20,12 @@ from typing import Literal
 from dist_llm.data.cut import cut_at_blank_lines
 from dist_llm.utils.errors import DataError
 
-__all__ = ["STDLIB", "TEXT_SUFFIXES", "Document", "Source", "Tally", "open_source", "read_documents"]
+__all__ = ["STDLIB", "STDLIB_TESTS", "TEXT_SUFFIXES", "Document", "Source", "Tally", "open_source", "read_documents"]
 
 STDLIB = "stdlib"
+STDLIB_TESTS = "stdlib-tests"
 STDLIB_SUFFIXES = frozenset({".md", ".py", ".rst", ".txt"})
+TEST_FOLDERS = frozenset({"idle_test", "test", "tests"})
 STDLIB_LEFT_OUT = frozenset({"__pycache__", "dist-packages", "site-packages"})
 CODE_SUFFIXES = frozenset(
     {".c", ".cc", ".cmake", ".cpp", ".cs", ".cu", ".cuh", ".go", ".h", ".hpp", ".java", ".jl", ".js", ".kt", ".lua", ".php", ".pl", ".py"}
@@ -88,13 +93,15 @@ def open_source(spec: str, *, text_key: str = "text", invalid_utf8: InvalidUtf8 
     Raises:
         DataError: there is no such path, or no text file in it.
     """
-    if spec == STDLIB:
+    if spec in (STDLIB, STDLIB_TESTS):
         root = Path(sysconfig.get_path("stdlib"))
         files = _walk(root, STDLIB, STDLIB_SUFFIXES, left_out=STDLIB_LEFT_OUT)
+        files = tuple(file for file in files if _is_test(file.path.relative_to(root)) == (spec == STDLIB_TESTS))
         if not files:
-            raise DataError(f"the standard library at {root} holds no source text; name a folder or file with --source instead")
+            what = "test suite" if spec == STDLIB_TESTS else "source text"
+            raise DataError(f"the standard library at {root} holds no {what}; name a folder or file with --source instead")
         # Some of its tests are in other encodings on purpose; they are left out whatever the user chose for their own files.
-        return Source(spec, files, f"standard library of {platform.python_implementation()} {platform.python_version()}", "skip", text_key)
+        return Source(spec, files, _described(spec), "skip", text_key)
     path = Path(spec)
     if path.is_file():
         return Source(spec, (SourceFile(path, path.name),), "file", invalid_utf8, text_key)
@@ -109,6 +116,15 @@ def open_source(spec: str, *, text_key: str = "text", invalid_utf8: InvalidUtf8 
     raise DataError(
         f"source {path} does not exist; name a file, a folder, a .jsonl file, or '{STDLIB}' for the standard library of this Python"
     )
+
+
+def _is_test(path: Path) -> bool:
+    return not TEST_FOLDERS.isdisjoint(path.parts[:-1])
+
+
+def _described(spec: str) -> str:
+    part = "tests of the standard library" if spec == STDLIB_TESTS else "standard library, without its tests,"
+    return f"{part} of {platform.python_implementation()} {platform.python_version()}"
 
 
 def _walk(root: Path, prefix: str, suffixes: frozenset[str], *, left_out: frozenset[str]) -> tuple[SourceFile, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,6 +97,9 @@ def open_context(launch: Launch, *, needs_process_group: bool, threads: int | No
     Raises:
         LaunchError: the ranks did not meet.
     """
+    # torch 2.13 renames this collective; DeepSpeed calls it by the old name, on every rank at every step.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*deprecated.*", category=FutureWarning)
     torch.set_num_threads(threads if threads is not None else launch.cpus)
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank)

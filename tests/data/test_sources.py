@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -127,4 +128,14 @@ def test_stdlib_is_this_pythons_library_without_installed_packages() -> None:
     names = [file.name for file in source.files]
     assert "stdlib/json/__init__.py" in names
     assert names == sorted(names)
+    assert not [name for name in names if "/test/" in name or "/tests/" in name]
     assert not [name for name in names if "site-packages" in name or "dist-packages" in name or "__pycache__" in name]
+
+
+def test_the_test_suites_of_the_library_are_a_source_of_their_own() -> None:
+    folder = Path(sysconfig.get_path("stdlib"), "test")
+    if not (folder / "test_json").is_dir():
+        pytest.skip("this Python was installed without its test suites")
+    tests = {file.name for file in open_source("stdlib-tests").files}
+    assert "stdlib/test/test_json/__init__.py" in tests
+    assert tests.isdisjoint(file.name for file in open_source("stdlib").files)

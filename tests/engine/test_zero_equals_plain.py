@@ -23,7 +23,9 @@ def launch(out: Path, corpus: Path, precision: str) -> None:
         port = s.getsockname()[1]
     program = Path(__file__).with_name("zero_program.py")
     command = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", str(port), program, out, corpus, precision, str(STEPS)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=clean_environment(), timeout=240, check=False)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=clean_environment(), timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
