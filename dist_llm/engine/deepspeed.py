@@ -6,6 +6,8 @@ State goes in and out whole and under logical names, through its tensor-fragment
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -70,12 +72,14 @@ class DeepSpeedEngine:
         optimizer = build_adamw(loss_module.model.named_parameters(), config.optim)
         # It insists on this variable, which srun does not set; what it says is what the context says.
         os.environ["LOCAL_RANK"] = str(ctx.local_rank)
-        self._engine, *_ = deepspeed.initialize(
-            model=loss_module,
-            optimizer=optimizer,
-            config=deepspeed_config(config, ctx.dp.size),
-            dist_init_required=False,
-        )
+        # It prints memory figures to stdout, which belongs to the answers of our commands.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=loss_module,
+                optimizer=optimizer,
+                config=deepspeed_config(config, ctx.dp.size),
+                dist_init_required=False,
+            )
         self._basic = self._engine.basic_optimizer
         self._named = [(name.removeprefix("model."), p) for name, p in loss_module.named_parameters()]
         if self._zero == 3:

@@ -1,0 +1,1 @@
+"""Plain PyTorch code of the same models, as somebody without us would write it."""

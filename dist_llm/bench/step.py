@@ -1,0 +1,209 @@
+"""``bench step``: one rank under our loop against plain PyTorch code of the same model, step by step in turns.
+
+6 layers x 384, 6 heads, LayerNorm, gelu, learned positions, tied embedding, batch 12 x 256, bf16. Ours goes through
+``engine.step.train_step`` and writes metrics.jsonl, as `dist-llm train` does, with the plain engine and with DeepSpeed ZeRO-1.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dist_llm.bench.peers.gpt import PlainGPT, PlainStep
+from dist_llm.comm.context import ParallelContext
+from dist_llm.config.schema import DataConfig, KernelsConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from dist_llm.data.rows import Batch
+from dist_llm.engine.base import Engine
+from dist_llm.engine.batches import StepBatches, to_device
+from dist_llm.engine.build import build_engine, build_model, choose_ops
+from dist_llm.engine.launch import close_context, open_context, read_launch, tune_allocator
+from dist_llm.engine.peak import peak_flops
+from dist_llm.engine.step import StepResult, train_step
+from dist_llm.planning.count import flops_per_token
+from dist_llm.report.metrics import MetricsWriter
+
+__all__ = ["race_step", "step_as_text"]
+
+ROWS, LENGTH = 12, 256
+WARM_UP = 2
+
+
+class _RandomRows:
+    """Rows of random tokens, the same for everybody: data loading is not what this race is about, but it is in our time."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def batch(self, numbers: range) -> Batch:
+        stream = np.random.default_rng(numbers.start).integers(0, self.vocab_size, (len(numbers), LENGTH + 1))
+        positions = np.broadcast_to(np.arange(LENGTH), (len(numbers), LENGTH))
+        return Batch(
+            tokens=np.ascontiguousarray(stream[:, :-1]),
+            targets=np.ascontiguousarray(stream[:, 1:]),
+            doc_ids=np.zeros((len(numbers), LENGTH), np.int32),
+            positions=positions,
+        )
+
+
+def step_config(*, engine: str, vocab_size: int = 65, kernels: KernelsConfig | None = None) -> RunConfig:
+    """The config of the race."""
+    return RunConfig(
+        precision="bf16",
+        model=ModelConfig(
+            vocab_size=vocab_size, d_model=384, num_layers=6, num_heads=6, max_seq_len=LENGTH, norm="layer_norm", position="learned",
+            activation="gelu", bias=True, tie_embeddings=True,
+        ),
+        data=DataConfig(seq_len=LENGTH),
+        train=TrainConfig(steps=10_000, batch_size=ROWS, micro_batch_size=ROWS, engine=engine),
+        optim=OptimConfig(lr=1e-4),
+        parallel=ParallelConfig(zero=1),
+        kernels=kernels or KernelsConfig(),
+    )  # fmt: skip
+
+
+def race_step(*, threads: int | None, rounds: int, profile: bool = False, tuned_malloc: bool = True) -> dict[str, Any]:
+    """Run the race.
+
+    Args:
+        threads: CPU threads; None: all cores.
+        rounds: timed rounds; in each, every contestant takes one step. Medians are reported.
+        profile: also say where the time of our plain step goes.
+        tuned_malloc: keep freed memory in the process, as `dist-llm train` does; for every contestant alike.
+    """
+    if tuned_malloc and not torch.cuda.is_available():
+        tune_allocator()
+    ctx = open_context(read_launch({}), needs_process_group=True, threads=threads)
+    try:
+        with tempfile.TemporaryDirectory() as directory, MetricsWriter(Path(directory) / "metrics.jsonl") as metrics:
+            return _race(ctx, metrics, rounds=rounds, profile=profile)
+    finally:
+        close_context()
+
+
+def _race(ctx: ParallelContext, metrics: MetricsWriter, *, rounds: int, profile: bool) -> dict[str, Any]:
+    plain_config, deepspeed_config = step_config(engine="plain"), step_config(engine="deepspeed")
+    chosen = choose_ops(plain_config, ctx)
+    weights = build_model(plain_config, chosen).initial_weights(plain_config.seed)
+    rows: Any = _RandomRows(plain_config.model.vocab_size)
+
+    ours = build_engine(plain_config, ctx, chosen, None)
+    with_deepspeed = build_engine(deepspeed_config, ctx, chosen, None)
+    autocast = PlainStep(PlainGPT(plain_config.model, weights).to(ctx.device), plain_config.optim, masters=False)
+    masters = PlainStep(PlainGPT(plain_config.model, weights).to(ctx.device), plain_config.optim, masters=True)
+    batches = StepBatches(rows, plain_config, ctx.dp, ctx.device)
+
+    def through_loop(engine: Engine) -> Callable[[int], float]:
+        def step(n: int) -> float:
+            result = train_step(engine, ctx, batches, next_sample=n * ROWS, lr=1e-4, stop_code=0)
+            assert isinstance(result, StepResult)
+            metrics.write({"kind": "train", "step": n, "loss": result.loss, "grad_norm": result.grad_norm})
+            return result.loss
+
+        return step
+
+    def by_hand(peer: PlainStep) -> Callable[[int], float]:
+        def step(n: int) -> float:
+            batch = to_device(rows.batch(range(n * ROWS, (n + 1) * ROWS)), ctx.device, document_mask=False)
+            return peer(batch.tokens, batch.targets)
+
+        return step
+
+    contestants = {
+        "ours_plain": through_loop(ours),
+        "pytorch_autocast": by_hand(autocast),
+        "ours_deepspeed_zero1": through_loop(with_deepspeed),
+        "pytorch_bf16_masters": by_hand(masters),
+    }
+    reference = _loss_float64(PlainGPT(plain_config.model, weights).double(), rows)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    first: dict[str, float] = {}
+    for n in range(WARM_UP + rounds):
+        # A-B-C-D, then D-C-B-A: what a neighbour on the machine does hits all of them alike.
+        order = list(contestants) if n % 2 == 0 else list(contestants)[::-1]
+        for name in order:
+            start = _now(ctx)
+            loss = contestants[name](n)
+            times[name].append(_now(ctx) - start)
+            first.setdefault(name, loss)
+    ms = {name: 1000 * median(values[WARM_UP:]) for name, values in times.items()}
+    peers = {name: ms[name] for name in ("pytorch_autocast", "pytorch_bf16_masters")}
+    flops = flops_per_token(plain_config.model, LENGTH) * ROWS * LENGTH
+    peak = peak_flops(ctx.device, torch.bfloat16)
+    best = min(peers.values())
+    answer: dict[str, Any] = {
+        "case": "step",
+        "ours_ms": ms["ours_plain"],
+        "ours_deepspeed_zero1_ms": ms["ours_deepspeed_zero1"],
+        "peers": peers,
+        "ratio": best / ms["ours_plain"],
+        "ratio_deepspeed_zero1": best / ms["ours_deepspeed_zero1"],
+        "pct_of_ceiling": 100 * flops / (ms["ours_plain"] / 1000) / peak if peak else None,
+        "ceiling": "bf16 matrix product of 1024 x 1024 measured in the same run" if ctx.device.type == "cpu" else "data sheet",
+        "err": abs(first["ours_plain"] - reference) / reference,
+        "peer_err": abs(first["pytorch_autocast"] - reference) / reference,
+        "threads": torch.get_num_threads(),
+        "clock": "process CPU time" if _counts_cpu(ctx) else "wall time",
+        "rounds": rounds,
+        "kernels": {op: impl.name for op, impl in chosen.items()},
+    }
+    if profile:
+        answer["profile"] = _profile(contestants["ours_plain"], WARM_UP + rounds)
+    ours.close()
+    with_deepspeed.close()
+    return answer
+
+
+def _counts_cpu(ctx: ParallelContext) -> bool:
+    # With one thread, CPU time is what repeats on a machine with neighbours; with several it would add the threads up.
+    return ctx.device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def _now(ctx: ParallelContext) -> float:
+    if ctx.device.type == "cuda":
+        torch.cuda.synchronize(ctx.device)
+    return time.process_time() if _counts_cpu(ctx) else time.perf_counter()
+
+
+@torch.no_grad()
+def _loss_float64(model: PlainGPT, rows: _RandomRows) -> float:
+    batch = rows.batch(range(ROWS))
+    logits = model(torch.from_numpy(batch.tokens))
+    return float(F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten()))
+
+
+def _profile(step: Callable[[int], float], n: int) -> list[dict[str, Any]]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for i in range(3):
+            step(n + i)
+    events = profiler.key_averages()
+    total = sum(e.self_cpu_time_total for e in events)
+    top = sorted(events, key=lambda e: -e.self_cpu_time_total)[:12]
+    return [{"op": e.key, "share": e.self_cpu_time_total / total, "calls_per_step": e.count / 3} for e in top]
+
+
+def step_as_text(answer: dict[str, Any]) -> str:
+    """The answer of ``race_step`` for a person."""
+    lines = [
+        f"one step of 6 x 384, batch {ROWS} x {LENGTH}, bf16, {answer['threads']} thread(s), {answer['clock']}, medians of {answer['rounds']}"
+    ]
+    rows = {
+        "ours, plain engine": answer["ours_ms"],
+        "ours, DeepSpeed ZeRO-1": answer["ours_deepspeed_zero1_ms"],
+        "PyTorch eager, autocast": answer["peers"]["pytorch_autocast"],
+        "PyTorch eager, bf16 weights": answer["peers"]["pytorch_bf16_masters"],
+    }
+    best = min(answer["peers"].values())
+    lines += [f"  {name:<28} {ms:9.1f} ms   {best / ms:5.2f} of the best peer's speed" for name, ms in rows.items()]
+    if answer["pct_of_ceiling"] is not None:
+        lines.append(f"  {answer['pct_of_ceiling']:.0f} % of the ceiling ({answer['ceiling']})")
+    lines.append(f"  error of the first loss against float64: ours {answer['err']:.1e}, peer {answer['peer_err']:.1e}")
+    lines += [f"    {100 * p['share']:5.1f} %  {p['op']}  ({p['calls_per_step']:.0f} calls a step)" for p in answer.get("profile", [])]
+    return "\n".join(lines)
