@@ -68,7 +68,7 @@ def quickstart(arguments: argparse.Namespace) -> None:
     work, run_dir, corpus = arguments.work, arguments.run_dir, arguments.work / "corpus"
     work.mkdir(parents=True, exist_ok=True)
     say(1, "corpus: text to tokens, sharded and hashed")
-    dist_llm("data", "prepare", "--source", *arguments.source, "--out", corpus, "--vocab-size", arguments.vocab_size, "--force")
+    dist_llm("data", "prepare", "--source", *arguments.source, "--out", corpus, "--vocab-size", arguments.vocab_size, "--val-fraction", 0.05, "--force")
 
     say(2, f"speed of this machine, {RANKS} ranks, and the size it can train in {arguments.minutes:g} min")
     plan = make_plan(arguments, corpus)
@@ -110,6 +110,7 @@ def make_plan(arguments: argparse.Namespace, corpus: Path) -> dict[str, Any]:
     points = [SpeedPoint(**point) for point in json.loads(speed_file.read_text(encoding="utf-8"))["points"]]
     choice = choose_size(points, budget_s=60 * arguments.minutes, vocab_size=vocab_size, seq_len=SEQ_LEN, batch_size=BATCH_SIZE)
     shape = choice.model
+    passes = choice.tokens / index.split("train").stream_tokens
     config = {
         "extends": os.path.relpath("configs/quickstart.yaml", arguments.work),
         "run_dir": str(arguments.run_dir),
@@ -131,7 +132,7 @@ def make_plan(arguments: argparse.Namespace, corpus: Path) -> dict[str, Any]:
         "tokens_per_param": choice.tokens / choice.params,
         "steps": choice.steps,
         "expected_s": choice.expected_s,
-        "reason": choice.reason,
+        "reason": f"{choice.reason}. The corpus holds {index.split('train').stream_tokens:,} training tokens: {passes:.1f} passes over it",
         "depends_on": depends_on,
     }
     write_json(path, plan)
