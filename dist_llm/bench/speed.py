@@ -19,7 +19,8 @@ from dist_llm.comm.context import ParallelContext
 from dist_llm.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from dist_llm.engine.base import DeviceBatch
 from dist_llm.engine.build import build_engine, choose_ops, uses_deepspeed
-from dist_llm.engine.launch import Launch, close_context, open_context, tune_allocator
+from dist_llm.engine.launch import close_context, open_context, tune_allocator
+from dist_llm.engine.ranks import Launch
 from dist_llm.planning.budget import SpeedPoint, ladder
 from dist_llm.planning.count import flops_per_token
 

@@ -24,8 +24,9 @@ from dist_llm.data.rows import Batch
 from dist_llm.engine.base import Engine
 from dist_llm.engine.batches import StepBatches, to_device
 from dist_llm.engine.build import build_engine, build_model, choose_ops
-from dist_llm.engine.launch import close_context, open_context, read_launch, tune_allocator
+from dist_llm.engine.launch import close_context, open_context, tune_allocator
 from dist_llm.engine.peak import peak_flops
+from dist_llm.engine.ranks import read_launch
 from dist_llm.engine.step import StepResult, train_step
 from dist_llm.planning.count import flops_per_token
 from dist_llm.report.metrics import MetricsWriter

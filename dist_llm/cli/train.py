@@ -32,12 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``dist-llm train``."""
     from dist_llm.config.load import load_config
+    from dist_llm.engine.ranks import read_launch
     from dist_llm.utils.errors import ConfigError
 
     if (arguments.json or arguments.ranks is not None) and not arguments.dry_run:
         raise ConfigError("--json and --ranks belong to --dry-run; the launcher decides how many ranks train")
-    # The config first: a typo should not cost the import of torch.
-    config = load_config(arguments.config, arguments.overrides).config
+    launch = read_launch()
+    try:
+        # The config first: a typo should not cost the import of torch.
+        config = load_config(arguments.config, arguments.overrides).config
+    except ConfigError as error:
+        error.is_echo = not launch.is_main  # every rank reads the same file
+        raise
     if arguments.dry_run:
         from dist_llm.engine.dry_run import dry_run
 
@@ -47,6 +53,5 @@ def run(arguments: argparse.Namespace) -> int:
     # Before the seconds of imports that follow: a job can be pre-empted in them too.
     with StopFlag() as stop:
         from dist_llm.engine.attempt import run_attempt
-        from dist_llm.engine.launch import read_launch
 
-        return run_attempt(config, read_launch(), stop)
+        return run_attempt(config, launch, stop)

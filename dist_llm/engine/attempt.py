@@ -30,9 +30,10 @@ from dist_llm.config.rules import problems_for_ranks
 from dist_llm.config.schema import RunConfig
 from dist_llm.data.rows import RowDataset
 from dist_llm.engine.build import build_engine, choose_ops, compute_dtype, uses_deepspeed
-from dist_llm.engine.launch import Launch, close_context, open_context, tune_allocator
+from dist_llm.engine.launch import close_context, open_context, tune_allocator
 from dist_llm.engine.loop import Loop
 from dist_llm.engine.peak import peak_flops
+from dist_llm.engine.ranks import Launch
 from dist_llm.engine.record import NullRecorder, Recorder, RunRecorder
 from dist_llm.engine.run_dir import Start, checkpoint_at, corpus_hash, decide_start, write_description
 from dist_llm.engine.stop import StopFlag

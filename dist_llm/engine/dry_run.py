@@ -14,7 +14,7 @@ from dist_llm.config.schema import RunConfig
 from dist_llm.engine.attempt import open_rows
 from dist_llm.engine.batches import rows_of_rank
 from dist_llm.engine.build import uses_deepspeed
-from dist_llm.engine.launch import read_launch
+from dist_llm.engine.ranks import read_launch
 from dist_llm.engine.run_dir import corpus_hash, decide_start
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.planning.count import count_params, flops_per_token

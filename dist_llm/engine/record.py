@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_llm.config.schema import RunConfig
+from dist_llm.planning.count import count_params
 from dist_llm.report.console import Console
 from dist_llm.report.metrics import EventLog, MetricsWriter, cut_after
 from dist_llm.report.mirrors import open_mirrors
@@ -73,7 +74,7 @@ class RunRecorder:
             self._mirrors.resumed(start_step)
             self._events.write("resume", step=start_step, attempt=attempt, records_cut=removed)
         else:
-            self._events.write("start", attempt=attempt)
+            self._events.write("start", attempt=attempt, params=count_params(config.model).total)
 
     def note(self, text: str) -> None:
         """See ``Recorder``."""

@@ -17,7 +17,7 @@ from dist_llm.config.load import diff_configs
 from dist_llm.config.schema import RunConfig
 from dist_llm.config.write import dump_yaml
 from dist_llm.data.index import Index
-from dist_llm.engine.launch import Launch
+from dist_llm.engine.ranks import Launch
 from dist_llm.utils.errors import ConfigError, NoCheckpointError, StorageError
 from dist_llm.utils.files import sha256_bytes, write_atomic, write_json
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_llm.engine.launch import read_launch
+from dist_llm.engine.ranks import read_launch
 from dist_llm.utils.errors import LaunchError
 
 TORCHRUN = {

@@ -19,7 +19,8 @@ from dist_llm.engine.attempt import open_rows
 from dist_llm.engine.base import Engine
 from dist_llm.engine.batches import StepBatches
 from dist_llm.engine.build import build_engine, choose_ops
-from dist_llm.engine.launch import close_context, open_context, read_launch
+from dist_llm.engine.launch import close_context, open_context
+from dist_llm.engine.ranks import read_launch
 from dist_llm.engine.step import StepResult, train_step
 from dist_llm.optim.schedule import learning_rate
 
