@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dist_llm.checkpoint.manifest import Manifest, damage, read_manifest
+from dist_llm.checkpoint.names import list_recoverable
 from dist_llm.utils.errors import NoCheckpointError
 
 __all__ = ["Checkpoint", "find_checkpoint", "open_checkpoint"]
@@ -23,7 +24,13 @@ class Checkpoint:
     manifest: Manifest
 
     def tensors(self, section: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """(logical name, tensor) of one section, file by file."""
+        """(logical name, tensor) of one section, file by file.
+
+        Raises:
+            NoCheckpointError: the checkpoint has no such section, or a file of it went bad or away since it was opened.
+        """
+        if section not in self.manifest.tensors:
+            raise NoCheckpointError(f"{self.directory} holds no {section}, only {', '.join(sorted(self.manifest.tensors))}")
         by_file: dict[str, list[str]] = {}
         for name, file in self.manifest.tensors[section].items():
             by_file.setdefault(file, []).append(name)
@@ -32,8 +39,8 @@ class Checkpoint:
                 with safe_open(self.directory / file, framework="pt") as f:
                     for name in names:
                         yield name, f.get_tensor(name)
-            except SafetensorError as error:
-                raise NoCheckpointError(f"{self.directory / file}: {error}") from error
+            except (SafetensorError, OSError) as error:
+                raise NoCheckpointError(f"{self.directory / file} cannot be read: {error}") from error
 
 
 def open_checkpoint(directory: Path, *, verify: bool = True) -> Checkpoint:
@@ -58,10 +65,11 @@ def open_checkpoint(directory: Path, *, verify: bool = True) -> Checkpoint:
 def find_checkpoint(root: Path, *, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint under ``root`` and a sentence on each newer one that is not.
 
-    ``latest`` is not read: it is a hint for people, and a directory listing is the truth.
+    ``latest`` is not read: it is a hint for people, and a directory listing is the truth. A checkpoint that a killed save had
+    moved aside, with nothing in its place yet, is found where it lies.
     """
     problems: list[str] = []
-    for directory in sorted(root.glob("step-*"), reverse=True):
+    for directory in reversed(list_recoverable(root)):
         try:
             return open_checkpoint(directory, verify=verify), problems
         except NoCheckpointError as error:

@@ -1,7 +1,8 @@
 """What a checkpoint directory holds, and the proof that it holds it.
 
 ``manifest.json`` is written last and lists every file with size and SHA-256: a directory without a manifest, or with a file
-that does not match it, is not a checkpoint. Tensors are stored whole, under logical names, in safetensors files of bounded
+that does not match it, is not a checkpoint. The manifest carries a hash of itself: a flipped digit in ``next_sample`` would
+otherwise be read as another position in the data. Tensors are stored whole, under logical names, in safetensors files of bounded
 size: ``weights`` are the fp32 masters, ``exp_avg`` and ``exp_avg_sq`` AdamW's moments.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.utils.errors import NoCheckpointError
-from dist_llm.utils.files import sha256_file
+from dist_llm.utils.files import sha256_bytes, sha256_file
 
 __all__ = ["FORMAT", "SECTIONS", "Manifest", "damage", "read_manifest"]
 
@@ -36,8 +37,9 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """Indented JSON."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        """Indented JSON, with the SHA-256 of the rest under ``sha256``."""
+        value = asdict(self)
+        return _dump({**value, "sha256": _hash(value)})
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -51,9 +53,13 @@ def read_manifest(directory: Path) -> Manifest:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.get("format") != FORMAT:
             raise NoCheckpointError(f"{path}: format {value.get('format')!r}, this version reads {FORMAT}; use the dist-llm that wrote it")
+        if value.pop("sha256", None) != _hash(value):
+            raise NoCheckpointError(f"{path} is damaged: its SHA-256 is not the one it carries")
         return Manifest(**value)
     except FileNotFoundError:
         raise NoCheckpointError(f"{directory}: no manifest.json, so this checkpoint was never finished") from None
+    except OSError as error:
+        raise NoCheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise NoCheckpointError(f"{path} is damaged ({error})") from error
 
@@ -65,11 +71,22 @@ def damage(directory: Path, manifest: Manifest) -> str | None:
     """
     for name, expected in sorted(manifest.files.items()):
         path = directory / name
-        if not path.is_file():
-            return f"{path} is missing"
-        size = path.stat().st_size
-        if size != expected["size"]:
-            return f"{path} has {size} bytes, the manifest says {expected['size']}"
-        if sha256_file(path) != expected["sha256"]:
-            return f"{path} is damaged: its SHA-256 is not the manifest's"
+        try:
+            if not path.is_file():
+                return f"{path} is missing"
+            size = path.stat().st_size
+            if size != expected["size"]:
+                return f"{path} has {size} bytes, the manifest says {expected['size']}"
+            if sha256_file(path) != expected["sha256"]:
+                return f"{path} is damaged: its SHA-256 is not the manifest's"
+        except OSError as error:  # a bad sector, or permissions lost in a copy
+            return f"{path} cannot be read: {error.strerror}"
     return None
+
+
+def _dump(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def _hash(value: dict[str, Any]) -> str:
+    return sha256_bytes(_dump(value).encode())

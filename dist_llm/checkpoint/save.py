@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dist_llm.checkpoint.manifest import Manifest
+from dist_llm.checkpoint.names import checkpoint_name, final_of, list_checkpoints, list_recoverable, name_aside, name_temporary
 from dist_llm.utils.errors import StorageError
 from dist_llm.utils.files import fsync_dir, sha256_file, write_atomic
 
 __all__ = ["checkpoint_name", "prune", "save_checkpoint"]
 
 MAX_FILE_BYTES = 4 << 30
-
-
-def checkpoint_name(step: int) -> str:
-    """Directory name of the checkpoint after ``step`` steps."""
-    return f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -67,10 +64,11 @@ def save_checkpoint(
         for _ in tensors:
             pass
         return final
-    temporary = root / f".{final.name}.{os.getpid()}.tmp"
-    failure: OSError | None = None
+    temporary = root / name_temporary(final.name, os.getpid())
+    failure: OSError | StorageError | None = None
     try:
         root.mkdir(parents=True, exist_ok=True)
+        fsync_dir(root.parent)
         _remove_leftovers(root)
         temporary.mkdir()
     except OSError as error:
@@ -90,7 +88,7 @@ def save_checkpoint(
         if failure is None:
             try:
                 files[name] = _write_tensors(temporary / name, pending)
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 failure = error  # the other ranks still communicate: go through the tensors first, then say it
         for logical in pending:
             index.setdefault(pending_section, {})[logical] = name
@@ -101,6 +99,7 @@ def save_checkpoint(
         if section != pending_section or pending_bytes + tensor.nbytes > max_file_bytes:
             flush()
             pending_section = section
+        assert logical not in pending and logical not in index.get(section, {}), f"{section} {logical} came twice"
         # A copy: the iterator may reuse its buffer, and safetensors refuses tensors that share memory.
         pending[logical] = tensor.detach().to("cpu", copy=True).contiguous()
         pending_bytes += tensor.nbytes
@@ -114,31 +113,54 @@ def save_checkpoint(
         write_atomic(temporary / "manifest.json", manifest.to_json())
         _publish(temporary, final)
         write_atomic(root / "latest", final.name + "\n")
-    except OSError as error:
+    except (OSError, StorageError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        cause = (error.strerror or error) if isinstance(error, OSError) else error
         raise StorageError(
-            f"cannot save {final}: {error.strerror or error}; earlier checkpoints are untouched, free some space and start the run again"
+            f"cannot save {final}: {cause}; earlier checkpoints are untouched, free some space and start the run again"
         ) from error
-    except StorageError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return final
 
 
 def prune(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest ``keep`` checkpoints; 0 keeps all. Returns what was removed."""
+    """Remove all but the newest ``keep`` checkpoints; 0 keeps all. Returns what was removed.
+
+    Newest means up to the one saved last, which ``latest`` names: a run that passed over damaged later checkpoints goes on below
+    them, and they must neither count as kept nor push out what it saves now. They are replaced when the run gets there.
+
+    Raises:
+        StorageError: one cannot be removed.
+    """
     if keep == 0:
         return []
-    removed = sorted(root.glob("step-*"))[:-keep]
+    removed = _up_to_latest(root)[:-keep]
     for path in removed:
-        # Take the manifest first: a half-removed directory must not look like a checkpoint.
-        (path / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(path)
+        try:
+            # Take the manifest first: a half-removed directory must not look like a checkpoint.
+            (path / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+        except OSError as error:
+            raise StorageError(
+                f"cannot remove the old checkpoint {path}: {error.strerror or error}; remove it by hand, or set checkpoint.keep=0 to keep all"
+            ) from error
     return removed
 
 
+def _up_to_latest(root: Path) -> list[Path]:
+    directories = list_checkpoints(root)
+    try:
+        latest = (root / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return directories  # the hint is gone or unreadable, and only a hint: the listing is the truth
+    names = [path.name for path in directories]
+    return directories[: names.index(latest) + 1] if latest in names else directories
+
+
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what its writer makes of a full disk: not an OSError
+        raise StorageError(str(error)) from error
     with open(path, "rb") as f:
         os.fsync(f.fileno())
     return {"size": path.stat().st_size, "sha256": sha256_file(path)}
@@ -147,11 +169,16 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, An
 def _publish(temporary: Path, final: Path) -> None:
     fsync_dir(temporary)
     if final.exists():
-        # The same step again (a resumed run at its first save, or a damaged directory): a rename cannot replace a directory
-        # that is not empty, so the old one steps aside for a moment and stays recoverable under its name until then.
-        aside = final.with_name(f".{final.name}.{os.getpid()}.old")
+        # The same step again (a run that passed over a damaged checkpoint and got there again): a rename cannot replace a
+        # directory that is not empty, so the old one steps aside, where find_checkpoint still sees it, until the new one stands.
+        aside = final.with_name(name_aside(final.name, os.getpid()))
         final.rename(aside)
-        temporary.rename(final)
+        try:
+            temporary.rename(final)
+        except OSError:
+            aside.rename(final)
+            raise
+        fsync_dir(final.parent)
         shutil.rmtree(aside)
     else:
         temporary.rename(final)
@@ -159,6 +186,10 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _remove_leftovers(root: Path) -> None:
-    # Only the run's owner comes here, so whatever is still temporary belongs to an attempt that was killed.
+    # Only the run's owner comes here, so whatever is hidden belongs to an attempt that was killed. A checkpoint it had moved aside
+    # goes back to its place; all else was never finished.
+    for path in list_recoverable(root):
+        if path.name.startswith("."):
+            path.rename(final_of(path))
     for path in root.glob(".step-*"):
         shutil.rmtree(path)

@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         else:
             rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta)
         for i, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and caches is None and torch.is_grad_enabled():
                 # Nothing inside draws random numbers, so there is no generator state to carry to the second pass.
                 x_BTD = checkpoint(block, x_BTD, rotary, doc_ids, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -88,15 +88,20 @@ class Decoder(nn.Module):
         }
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Copy ``weights`` into the parameters; the names must be exactly the model's."""
+        """Copy ``weights`` into the parameters.
+
+        Raises:
+            ValueError: names or shapes are not exactly the model's; nothing was copied.
+        """
         own = dict(self.named_parameters())
         missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         if missing or unknown:
             raise ValueError(f"weights do not fit the model: missing {missing[:3]}, unknown {unknown[:3]}")
+        for name, parameter in own.items():
+            if weights[name].shape != parameter.shape:
+                raise ValueError(f"{name}: shape {tuple(weights[name].shape)}, the model has {tuple(parameter.shape)}")
         with torch.no_grad():
             for name, parameter in own.items():
-                if weights[name].shape != parameter.shape:
-                    raise ValueError(f"{name}: shape {tuple(weights[name].shape)}, the model has {tuple(parameter.shape)}")
                 parameter.copy_(weights[name])
 
 

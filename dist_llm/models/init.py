@@ -2,7 +2,7 @@
 
 Never of a rank, a device or the order of construction: a slice of a tensor can be initialised by itself, so every layout
 starts from the same numbers. Each element owns one 64-bit output of a counter-based generator (Philox 4x64, Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC11) keyed by a hash of seed and name; the uniform made of its upper 53 bits
+"Parallel random numbers: as easy as 1, 2, 3", SC11) keyed by a hash of seed and name; the uniform made of its upper 52 bits
 becomes a normal through the inverse of the normal distribution.
 """
 
@@ -24,12 +24,13 @@ def initial_slice(name: str, start: int, stop: int, *, std: float, seed: int) ->
         (stop - start,) float32.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))
+    generator = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
     # One Philox step makes four outputs: jump to the step that holds `start`, drop what comes before it.
     generator.advance(start // 4)
     skip = start % 4
     raw = generator.random_raw(skip + stop - start)[skip:]
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    # 52 bits and a half, not 53: then the sum is exact, symmetric around 1/2 and never rounds to 1, whose normal is infinite.
+    uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     normal = torch.erfinv(torch.from_numpy(2.0 * uniform - 1.0)) * (std * math.sqrt(2.0))
     return normal.to(torch.float32)
 

@@ -8,6 +8,7 @@ embedding included, as in the paper's Table A9.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _SHAPES = (
     (1024, 24), (1536, 24), (2048, 24),
 )  # fmt: skip
 _HEAD_DIM = 32
+_MEASURED_PARAMS = (70e6, 16e9)  # the models the ratio was found on
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def seconds_per_token(points: Sequence[SpeedPoint], flops: float) -> float:
         return 1 / ordered[0].tokens_per_s
     if flops >= ordered[-1].flops_per_token:
         return flops / ordered[-1].flops_per_token / ordered[-1].tokens_per_s
-    for left, right in zip(ordered, ordered[1:], strict=False):
+    for left, right in itertools.pairwise(ordered):
         if flops <= right.flops_per_token:
             share = math.log(flops / left.flops_per_token) / math.log(right.flops_per_token / left.flops_per_token)
             return math.exp((1 - share) * -math.log(left.tokens_per_s) + share * -math.log(right.tokens_per_s))
@@ -122,9 +124,16 @@ def choose_size(points: Sequence[SpeedPoint], *, budget_s: float, vocab_size: in
                 f"{params:,} parameters (all of them, embedding included) x {TOKENS_PER_PARAMETER} = {TOKENS_PER_PARAMETER * params:,} "
                 f"tokens, {steps:,} steps of {step_tokens:,}; expected {expected:.0f} s of the {budget_s:.0f} s budget at the speed "
                 f"measured here. It is the largest of {len(_SHAPES)} shapes that fits. {TOKENS_PER_PARAMETER} tokens a parameter is the "
-                "compute-optimal ratio of Hoffmann et al. (2022) for 70M to 16B parameters; at this size it is an extrapolation"
+                f"compute-optimal ratio of Hoffmann et al. (2022) for 70M to 16B parameters; {_standing(params)}"
             ),
         )
     if best is None:
-        raise ConfigError(f"no model of the ladder trains in {budget_s:.0f} s here; the smallest needs {smallest_s:.0f} s: give more time")
+        raise ConfigError(
+            f"no model of the ladder trains in {budget_s:g} s here; the smallest needs {math.ceil(smallest_s)} s: give more time"
+        )
     return best
+
+
+def _standing(params: int) -> str:
+    smallest, largest = _MEASURED_PARAMS
+    return "this size lies between them" if smallest <= params <= largest else "at this size it is an extrapolation"

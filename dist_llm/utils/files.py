@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,9 +49,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         fsync_dir(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}; free some space or choose another directory") from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # it may never have been made, or its folder be no folder: the first error is the cause
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; free some space or choose another directory") from error
 
 
 def write_json(path: Path, value: Any) -> None:
