@@ -203,7 +203,8 @@ def launch(*words: object) -> None:
     """Run a verb on both ranks under the deepspeed launcher."""
     launcher = Path(sys.executable).with_name("deepspeed")
     shown = shlex.join(["deepspeed", "--num_gpus", str(RANKS), "--module", "dist_llm", *map(str, words)])
-    _run([str(launcher), "--num_gpus", str(RANKS), "--master_port", str(free_port()), "--module", "dist_llm", *map(str, words)], shown)
+    quiet = ["--master_port", str(free_port()), "--log_level", "error"]
+    _run([str(launcher), "--num_gpus", str(RANKS), *quiet, "--module", "dist_llm", *map(str, words)], shown)
 
 
 def free_port() -> int:
@@ -220,6 +221,8 @@ def _run(command: list[str], shown: str, *, capture: bool = False) -> str:
     print(f"$ {shown}", flush=True)
     # The environment's own programs first: the launcher starts `python` from PATH.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if not Path("/dev/nvidiactl").exists():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # what deepspeed finds by itself too, with a warning from every process
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None, env=environment)
     return done.stdout if capture else ""
 

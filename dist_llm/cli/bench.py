@@ -1,7 +1,7 @@
 """Measure: this machine's training speed, and our code against its peers.
 
-  dist-llm bench speed --json              tokens/s of a few model sizes; start it with a launcher to measure several ranks
-  dist-llm bench step --threads 1 --json   one rank under our loop against plain PyTorch code of the same model
+dist-llm bench speed --json              tokens/s of a few model sizes; start it with a launcher to measure several ranks
+dist-llm bench step --threads 1 --json   one rank under our loop against plain PyTorch code of the same model
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``dist-llm bench``."""
     cases = parser.add_subparsers(dest="case", metavar="CASE", required=True)
     speed = cases.add_parser("speed", help="tokens a second of a few model sizes")
-    speed.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="D", help="model widths (default 32 64 128 256)")
+    speed.add_argument(
+        "--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="D", help="model widths (default 32 64 128 256)"
+    )
     speed.add_argument("--vocab-size", type=int, default=2048, metavar="V")
     speed.add_argument("--seq-len", type=int, default=256, metavar="T")
     speed.add_argument("--batch-size", type=int, default=16, metavar="B", help="rows in a step over all ranks")
@@ -42,7 +44,7 @@ def _speed(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from dist_llm.bench.speed import measure_speed
-    from dist_llm.engine.launch import read_launch
+    from dist_llm.engine.ranks import read_launch
     from dist_llm.planning.budget import ladder
     from dist_llm.utils.errors import ConfigError, ExitCode
     from dist_llm.utils.files import write_json

@@ -50,8 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
         return dry_run(config, ranks=arguments.ranks, as_json=arguments.json)
     from dist_llm.engine.stop import StopFlag
 
-    # Before the seconds of imports that follow: a job can be pre-empted in them too.
-    with StopFlag() as stop:
-        from dist_llm.engine.attempt import run_attempt
+    # Before the seconds of imports that follow, in which a job can be pre-empted too, and never undone: a Ctrl-C while Python shuts
+    # down would turn the exit code of a saved run into a traceback.
+    stop = StopFlag()
+    stop.install()
+    from dist_llm.engine.attempt import run_attempt
 
-        return run_attempt(config, launch, stop)
+    return run_attempt(config, launch, stop)

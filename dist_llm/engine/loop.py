@@ -28,7 +28,7 @@ from dist_llm.engine.step import StepResult, Stopped, train_step
 from dist_llm.engine.stop import StopFlag
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.planning.count import flops_per_token
-from dist_llm.utils.errors import ExitCode, NumericalError
+from dist_llm.utils.errors import ExitCode, NumericalError, StorageError
 
 __all__ = ["Loop"]
 
@@ -171,6 +171,20 @@ class Loop:
 
     def _save(self) -> None:
         root = Path(self._config.directory) / "checkpoints"
+        failure: StorageError | None = None
+        try:
+            self._write_checkpoint(root)
+        except StorageError as error:
+            failure = error
+        # Only one rank writes, so only one knows: without this the others would learn of a full disk from its silence.
+        (failed,) = all_reduce_max([failure is not None], self._ctx.world, self._ctx.device)
+        if failed:
+            echo = StorageError(f"the main rank could not save step {self.step}")
+            echo.is_echo = True
+            raise failure or echo
+        self._saved_step = self.step
+
+    def _write_checkpoint(self, root: Path) -> None:
         directory = save_checkpoint(
             root,
             self._engine.state(),
@@ -184,7 +198,6 @@ class Loop:
         )
         if self._ctx.is_main:
             prune(root, self._config.checkpoint.keep)
-        self._saved_step = self.step
         self._recorder.event("checkpoint", step=self.step, directory=directory.name)
 
 

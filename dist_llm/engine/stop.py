@@ -26,7 +26,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
-    """Context manager around the training loop.
+    """What the signals so far ask for; a context manager, or for good with ``install``.
 
     ``at_once`` is called, in the reading thread, when a second Ctrl-C ends the process right away.
     """
@@ -45,13 +45,17 @@ class StopFlag:
         return self._code
 
     def __enter__(self) -> StopFlag:
+        self.install()
+        return self
+
+    def install(self) -> None:
+        """Catch the signals from here on; for a process whose only job is the run, to its very end."""
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)
         for number in _SIGNALS:
             self._old_handlers[number] = signal.signal(number, _ignore_in_python)
         self._old_wakeup = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         threading.Thread(target=self._read, args=(self._read_fd,), name="signals", daemon=True).start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         del kind, value, traceback
