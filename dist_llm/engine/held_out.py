@@ -37,7 +37,7 @@ def evaluate_held_out(engine: Engine, ctx: ParallelContext, rows: RowDataset, co
         ctx: where this rank stands.
         rows: the validation split.
         config: the run.
-        limit: read only that many rows; None reads all.
+        limit: read only about that many rows, evenly spaced; None reads all.
     """
     start = time.perf_counter()
     micro = config.train.micro_batch_size
@@ -47,7 +47,8 @@ def evaluate_held_out(engine: Engine, ctx: ParallelContext, rows: RowDataset, co
     # rows of padding, in which no target counts.
     for first in range(0, num_rows, micro * ctx.dp.size):
         mine = range(first + ctx.dp.rank * micro, first + (ctx.dp.rank + 1) * micro)
-        batch = rows.eval_batch([n if n < num_rows else rows.num_eval_rows for n in mine])
+        # A part is spread evenly over the split: its first rows would be its first few documents.
+        batch = rows.eval_batch([n * rows.num_eval_rows // num_rows if n < num_rows else rows.num_eval_rows for n in mine])
         tokens += int(np.count_nonzero(batch.targets != IGNORE))
         nll += float(engine.eval_nll(to_device(batch, ctx.device, document_mask=config.data.document_mask)))
     total_nll, total_tokens = all_reduce_sum([nll, float(tokens)], ctx.dp, ctx.device)
