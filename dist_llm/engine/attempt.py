@@ -37,7 +37,7 @@ from dist_llm.engine.ranks import Launch
 from dist_llm.engine.record import NullRecorder, Recorder, RunRecorder
 from dist_llm.engine.run_dir import Start, checkpoint_at, corpus_hash, decide_start, write_description
 from dist_llm.engine.stop import StopFlag
-from dist_llm.utils.errors import ConfigError, ExitCode, UserError
+from dist_llm.utils.errors import ConfigError, ExitCode, OutOfMemory, UserError
 
 __all__ = ["open_rows", "run_attempt"]
 
@@ -132,8 +132,11 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
                 progress=progress,
             )
             code = loop.run(stop)
-        except BaseException as error:
-            _write_failure(run_dir, launch, error, progress)
+        except BaseException as caught:
+            out_of_memory = _out_of_memory(caught, config)
+            _write_failure(run_dir, launch, out_of_memory or caught, progress)
+            if out_of_memory is not None:
+                raise out_of_memory from caught
             raise
         if ctx.is_main:
             reason = {ExitCode.DONE: "finished"}.get(ExitCode(code), "asked to stop; saved")
@@ -212,11 +215,22 @@ def _headline(config: RunConfig, launch: Launch, kernels: dict[str, str], *, dee
     )
 
 
+def _out_of_memory(error: BaseException, config: RunConfig) -> OutOfMemory | None:
+    # torch's CPU allocator has no exception of its own.
+    on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return None
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    micro, recompute = config.train.micro_batch_size, config.parallel.recompute
+    return OutOfMemory(
+        f"out of memory on {socket.gethostname()} ({first}); lower train.micro_batch_size ({micro}), set parallel.recompute=full "
+        f"({recompute}), raise parallel.zero ({config.parallel.zero}) on more ranks, or take a smaller model; --dry-run shows what each needs"
+    )
+
+
 def _write_failure(run_dir: Path, launch: Launch, error: BaseException, progress: dict[str, Any]) -> None:
     # The first rank to fail says it; the record of the same attempt is kept against what the others would say after it.
     code = error.exit_code if isinstance(error, UserError) else ExitCode.CHECK_FAILED
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        code = ExitCode.OUT_OF_MEMORY
     if isinstance(error, KeyboardInterrupt):
         code = ExitCode.INTERRUPTED
     try:

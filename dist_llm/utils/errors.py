@@ -14,10 +14,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "ExitCode",
-    "Interrupted",
     "LaunchError",
     "NoCheckpointError",
     "NumericalError",
+    "OutOfMemory",
     "RunOwnedError",
     "StorageError",
     "UserError",
@@ -97,7 +97,7 @@ class NumericalError(UserError):
     exit_code = ExitCode.NUMERICAL
 
 
-class Interrupted(UserError):
-    """Ctrl-C before there was anything to save."""
+class OutOfMemory(UserError):
+    """Memory of the device or the host ran out."""
 
-    exit_code = ExitCode.INTERRUPTED
+    exit_code = ExitCode.OUT_OF_MEMORY
