@@ -34,7 +34,7 @@ def test_the_ladder_climbs_in_parameters_and_builds_valid_models() -> None:
     for model in ladder(VOCAB, SEQ_LEN):
         assert (model.vocab_size, model.max_seq_len) == (VOCAB, SEQ_LEN)
         assert model.d_model % model.num_heads == 0
-        assert model.num_heads * model.head_size == model.d_model and model.head_size % 2 == 0 and 24 <= model.head_size <= 64
+        assert model.num_heads * model.head_size == model.d_model and model.head_size % 2 == 0 and 16 <= model.head_size <= 64
 
 
 def test_each_choice_has_twenty_tokens_a_parameter() -> None:
