@@ -68,7 +68,19 @@ def quickstart(arguments: argparse.Namespace) -> None:
     work, run_dir, corpus = arguments.work, arguments.run_dir, arguments.work / "corpus"
     work.mkdir(parents=True, exist_ok=True)
     say(1, "corpus: text to tokens, sharded and hashed")
-    dist_llm("data", "prepare", "--source", *arguments.source, "--out", corpus, "--vocab-size", arguments.vocab_size, "--val-fraction", 0.05, "--force")
+    dist_llm(
+        "data",
+        "prepare",
+        "--source",
+        *arguments.source,
+        "--out",
+        corpus,
+        "--vocab-size",
+        arguments.vocab_size,
+        "--val-fraction",
+        0.05,
+        "--force",
+    )
 
     say(2, f"speed of this machine, {RANKS} ranks, and the size it can train in {arguments.minutes:g} min")
     plan = make_plan(arguments, corpus)
@@ -177,9 +189,8 @@ def write_results(run_dir: Path, corpus: Path, plan: dict[str, Any]) -> None:
 
 def write_sample(run_dir: Path) -> None:
     """A sampled continuation, shown and kept for the report."""
-    answer = json.loads(
-        dist_llm("generate", run_dir, "--prompt", PROMPT, "--max-new-tokens", 160, "--temperature", 0.7, "--top-p", 0.95, "--seed", 1, "--json", capture=True)
-    )
+    options = ["--max-new-tokens", 160, "--temperature", 0.7, "--top-p", 0.95, "--seed", 1]
+    answer = json.loads(dist_llm("generate", run_dir, "--prompt", PROMPT, *options, "--json", capture=True))
     continuation = answer["continuations"][0]["text"]
     print(PROMPT + continuation)
     path = run_dir / "results.json"

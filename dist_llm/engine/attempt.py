@@ -37,6 +37,7 @@ from dist_llm.engine.ranks import Launch
 from dist_llm.engine.record import NullRecorder, Recorder, RunRecorder
 from dist_llm.engine.run_dir import Start, checkpoint_at, corpus_hash, decide_start, write_description
 from dist_llm.engine.stop import StopFlag
+from dist_llm.report.metrics import read_events
 from dist_llm.utils.errors import ConfigError, ExitCode, OutOfMemory, UserError
 
 __all__ = ["open_rows", "run_attempt"]
@@ -98,14 +99,13 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
         if "refused" in decision:
             raise _rebuilt(decision, is_echo=not ctx.is_main)
         attempt, start = decision["attempt"], Start(**decision["start"])
+        if decision["finished"]:
+            if ctx.is_main:
+                print(f"{run_dir} is finished: step {start.step} of {config.train.steps}; nothing to do", file=sys.stderr)
+            return ExitCode.DONE
         progress.update(step=start.step, attempt=attempt)
         stack.enter_context(_rank_log(run_dir, attempt, ctx.world.rank))
         try:
-            if start.step >= config.train.steps and start.checkpoint is not None and decision["finished"]:
-                if ctx.is_main:
-                    print(f"{run_dir} is finished: step {start.step} of {config.train.steps}; nothing to do", file=sys.stderr)
-                return ExitCode.DONE
-            # Communication and the process group must be gone before the recorder's last words, whatever happens in between.
             recorder: Recorder = NullRecorder()
             if ctx.is_main:
                 recorder = RunRecorder(run_dir, config, start_step=start.step, attempt=attempt)
@@ -153,16 +153,17 @@ def _decide(
         stack.enter_context(RunOwner(run_dir))
         attempt = next_attempt(run_dir)
         start = decide_start(run_dir / "checkpoints", config, corpus_hash(rows.index))
-        described = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
-        write_description(run_dir, config, launch, threads=torch.get_num_threads(), kernels=kernels, device=described)
-        return {"attempt": attempt, "start": asdict(start), "finished": _has_finished(run_dir, config.train.steps)}
+        # A finished run stays as it is: this attempt describes nothing and leaves no log.
+        finished = start.step >= config.train.steps and _has_finished(run_dir, config.train.steps)
+        if not finished:
+            described = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
+            write_description(run_dir, config, launch, threads=torch.get_num_threads(), kernels=kernels, device=described)
+        return {"attempt": attempt, "start": asdict(start), "finished": finished}
     except UserError as error:
         return {"refused": str(error), "code": int(error.exit_code)}
 
 
 def _has_finished(run_dir: Path, steps: int) -> bool:
-    from dist_llm.report.metrics import read_events
-
     return any(e.get("event") == "finish" and e.get("step") == steps for e in read_events(run_dir / "events.jsonl"))
 
 

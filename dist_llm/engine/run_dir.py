@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dist_llm import __version__
 from dist_llm.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
 from dist_llm.config.load import diff_configs
@@ -80,7 +82,13 @@ def decide_start(root: Path, config: RunConfig, corpus: str) -> Start:
             f"train.resume is 'never', but {found.directory} exists; give the run another name, remove the directory, or use resume=auto"
         )
     manifest = found.manifest
-    differences = same_run(RunConfig.model_validate(manifest.config), config)
+    try:
+        differences = same_run(RunConfig.model_validate(manifest.config), config)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{found.directory} was written by dist_llm {manifest.versions.get('dist_llm')}, whose config this version does not read "
+            f"({error.error_count()} keys differ); go on with that version, or give this run another name"
+        ) from error
     if manifest.corpus != corpus:
         differences.append(f"the corpus: index {manifest.corpus[:12]} in the checkpoint, {corpus[:12]} now")
     if differences:
