@@ -30,5 +30,5 @@ const char* isa_name(Isa isa);
       break;                                       \
   }
 #else
-#define DL_PER_ISA(...) generic::__VA_ARGS__
+#define DL_PER_ISA(...) generic::__VA_ARGS__;
 #endif

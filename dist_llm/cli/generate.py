@@ -12,6 +12,7 @@ stdout, the prompt first; everything else goes to stderr. The same command write
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import sys
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_llm.utils.errors import ConfigError, DataError, ExitCode
+from dist_llm.utils.errors import ConfigError, DataError, ExitCode, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 TEMPERATURE = 0.8
+MAX_THREADS = 1024  # far more crash while they are started, before anything could say why
 MAX_LENGTH_PENALTY = 10.0  # far beyond any use; larger exponents overflow
 
 
@@ -82,10 +84,27 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where a character cannot be encoded, a question mark stands for it
 
+    try:
+        continuations, tokens_per_s = _write(args, trained, sampling, prompt, prompt_ids)
+    except BrokenPipeError:
+        raise  # the reader has seen enough: no failure
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what waits in the buffer would fail once more at exit, with an exit code of its own
+            sys.stdout.close()
+        raise StorageError(f"cannot write the text to stdout: {error.strerror}; free some space or send it elsewhere") from error
+    said = f"{_summary(continuations[0])}, " if len(continuations) == 1 else ""
+    print(f"dist-llm generate: {said}{tokens_per_s:.1f} tokens/s, {trained.checkpoint}", file=sys.stderr)
+    return ExitCode.DONE
+
+
+def _write(
+    args: argparse.Namespace, trained: TrainedRun, sampling: Sampling, prompt: str, prompt_ids: list[int]
+) -> tuple[list[Continuation], float]:
+    """Generate, and put it on stdout; the continuations, and tokens a second."""
     is_streamed = not args.json and args.beams is None and args.num_samples == 1
     started = time.perf_counter()
-    write = _stream if is_streamed else _collect
-    continuations = write(args, trained, sampling, prompt, prompt_ids)
+    generate = _stream if is_streamed else _collect
+    continuations = generate(args, trained, sampling, prompt, prompt_ids)
     tokens_per_s = sum(len(c.tokens) for c in continuations) / (time.perf_counter() - started)
     if args.json:
         print(json.dumps(_answer(trained, prompt, continuations, tokens_per_s)))
@@ -94,10 +113,8 @@ def run(args: argparse.Namespace) -> int:
             if len(continuations) > 1:
                 print(f"--- {number} of {len(continuations)}: {_summary(continuation)}")
             print(prompt + trained.tokenizer.decode(continuation.tokens))
-    sys.stdout.flush()  # here a reader that has gone away is still noticed as one
-    said = f"{_summary(continuations[0])}, " if len(continuations) == 1 else ""
-    print(f"dist-llm generate: {said}{tokens_per_s:.1f} tokens/s, {trained.checkpoint}", file=sys.stderr)
-    return ExitCode.DONE
+    sys.stdout.flush()  # here a reader that has gone away, or a full disk, is still noticed as one
+    return continuations, tokens_per_s
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -106,6 +123,10 @@ def _check(args: argparse.Namespace) -> None:
     for flag, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value} must be at least 1")
+    if args.threads is not None and args.threads > MAX_THREADS:
+        raise ConfigError(f"--threads {args.threads} must be at most {MAX_THREADS}; more than the machine has cores only slows it down")
+    if args.step is not None and args.step < 0:
+        raise ConfigError(f"--step {args.step} must be 0 or more: the number of steps the checkpoint was saved after")
     drawing = {"--temperature": args.temperature, "--top-k": args.top_k, "--top-p": args.top_p, "--seed": args.seed}
     given = [flag for flag, value in drawing.items() if value is not None]
     for flag, is_on in {"--greedy": args.greedy, "--beams": args.beams is not None}.items():

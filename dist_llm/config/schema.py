@@ -142,7 +142,8 @@ class KernelsConfig(Section):
     """Implementation of each fused op: auto takes the first that can run, a name runs or fails with the reason."""
 
     rms_norm: Literal["auto", "native", "reference"] = Field("auto", description="RMSNorm.")
-    attention: Literal["auto", "sdpa", "reference"] = Field("auto", description="Attention.")
+    attention: Literal["auto", "native", "sdpa", "reference"] = Field("auto", description="Attention.")
+    cross_entropy: Literal["auto", "native", "reference"] = Field("auto", description="Softmax cross-entropy.")
 
 
 class RunConfig(Section):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dist_llm.data.rows import IGNORE
+from dist_llm.kernels.cross_entropy.reference import CrossEntropyFn, cross_entropy_reference
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.next_token import next_token_nll
 
@@ -29,14 +30,15 @@ class DeviceBatch:
 class LossModule(nn.Module):
     """The model with its objective: the module an engine calls, so that everything differentiable happens in one forward."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, cross_entropy: CrossEntropyFn = cross_entropy_reference) -> None:
         super().__init__()
         self.model = model
+        self.cross_entropy = cross_entropy
 
     def forward(self, batch: DeviceBatch) -> torch.Tensor:
         """Sum of -log p over the valid targets of ``batch``; scalar float32."""
         hidden = self.model(batch.tokens, batch.positions, batch.doc_ids)
-        return next_token_nll(hidden, self.model.head_weight, batch.targets, ignore=IGNORE)
+        return next_token_nll(hidden, self.model.head_weight, batch.targets, ignore=IGNORE, cross_entropy=self.cross_entropy)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dist_llm.models.block import Ops
 from dist_llm.models.decoder import Decoder
 from dist_llm.utils.errors import ConfigError, LaunchError
 
-__all__ = ["build_engine", "build_model", "choose_ops", "compute_dtype", "uses_deepspeed"]
+__all__ = ["build_engine", "build_model", "choose_ops", "compute_dtype", "ops_of", "uses_deepspeed"]
 
 
 def uses_deepspeed(config: RunConfig, world_size: int) -> bool:
@@ -54,10 +54,14 @@ def choose_ops(config: RunConfig, ctx: ParallelContext) -> dict[str, Impl]:
     return chosen
 
 
+def ops_of(chosen: dict[str, Impl]) -> Ops:
+    """The functions of the chosen implementations."""
+    return Ops(rms_norm=chosen["rms_norm"].fn, attention=chosen["attention"].fn, cross_entropy=chosen["cross_entropy"].fn)
+
+
 def build_model(config: RunConfig, chosen: dict[str, Impl]) -> Decoder:
     """The model with empty parameters, on CPU."""
-    ops = Ops(rms_norm=chosen["rms_norm"].fn, attention=chosen["attention"].fn)
-    return Decoder(config.model, ops, compute_dtype=compute_dtype(config), recompute=config.parallel.recompute == "full")
+    return Decoder(config.model, ops_of(chosen), compute_dtype=compute_dtype(config), recompute=config.parallel.recompute == "full")
 
 
 def build_engine(config: RunConfig, ctx: ParallelContext, chosen: dict[str, Impl], checkpoint: Checkpoint | None) -> Engine:
@@ -72,7 +76,7 @@ def build_engine(config: RunConfig, ctx: ParallelContext, chosen: dict[str, Impl
             exp_avg_sq=dict(checkpoint.tensors("exp_avg_sq")),
             steps_taken=checkpoint.manifest.step,
         )
-    loss_module = LossModule(model.to(ctx.device))
+    loss_module = LossModule(model.to(ctx.device), ops_of(chosen).cross_entropy)
     if uses_deepspeed(config, ctx.world.size):
         from dist_llm.engine.deepspeed import DeepSpeedEngine
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from dist_llm.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
-from dist_llm.checkpoint.save import checkpoint_name
+from dist_llm.checkpoint.names import checkpoint_name, final_of, list_checkpoints, list_recoverable
 from dist_llm.config.load import diff_configs, load_config
 from dist_llm.config.schema import RunConfig
 from dist_llm.data.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def _config_file(directory: Path) -> Path:
     path = directory / CONFIG_NAME
     if path.is_file():
         return path
-    if not directory.is_dir():
+    if not directory.exists():
         raise ConfigError(f"there is no run at {directory}; {_nearest_run(directory)}")
     above = next((parent for parent in directory.resolve().parents if (parent / CONFIG_NAME).is_file()), None)
     hint = f"the run is {above}" if above is not None else _nearest_run(directory)
@@ -106,13 +106,14 @@ def _runs_in(directory: Path) -> Iterator[Path]:
 
 def _choose_checkpoint(directory: Path, step: int | None) -> tuple[Checkpoint, list[str]]:
     root = directory / "checkpoints"
-    names = sorted(path.name for path in root.glob("step-*"))
     if step is not None:
-        # Named is named: never another one in its place.
-        if checkpoint_name(step) not in names:
-            there = f"there are {', '.join(names)}" if names else "there is none"
+        # Named is named: never another one in its place. One that a killed save had moved aside is still that one.
+        finals = set(list_checkpoints(root))
+        by_name = {(path if path in finals else final_of(path)).name: path for path in list_recoverable(root)}
+        if checkpoint_name(step) not in by_name:
+            there = f"there are {', '.join(by_name)}" if by_name else "there is none"
             raise NoCheckpointError(f"{directory} has no checkpoint of step {step}; {there}")
-        return open_checkpoint(root / checkpoint_name(step)), []
+        return open_checkpoint(by_name[checkpoint_name(step)]), []
     checkpoint, problems = find_checkpoint(root)
     if checkpoint is None:
         if problems:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 import torch
 
-from dist_llm.kernels import attention, rms_norm
+from dist_llm.kernels import attention, cross_entropy, rms_norm
 from dist_llm.kernels.impl import Impl, select
 from dist_llm.utils.errors import ConfigError
 
@@ -16,6 +16,10 @@ __all__ = ["TABLES", "choices"]
 # A function that layers can ask for -> its implementations, best first. Functions of one folder share its config key.
 TABLES: dict[str, tuple[Impl, ...]] = {
     "attention": attention.IMPLS,
+    "cross_entropy": cross_entropy.IMPLS,
+    "cross_entropy_backward": cross_entropy.BACKWARD_IMPLS,
+    "cross_entropy_partials": cross_entropy.PARTIALS_IMPLS,
+    "linear_cross_entropy": cross_entropy.LINEAR_IMPLS,
     "rms_norm": rms_norm.IMPLS,
     "rms_norm_residual": rms_norm.RESIDUAL_IMPLS,
 }

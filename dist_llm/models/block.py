@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dist_llm.config.schema import ModelConfig
+from dist_llm.kernels.cross_entropy.reference import CrossEntropyFn, cross_entropy_reference
 from dist_llm.layers.attention import AttentionFn, KeyValueCache, SelfAttention
 from dist_llm.layers.mlp import GeluMLP, SwigluMLP
 from dist_llm.layers.norm import LayerNorm, RMSNorm, RMSNormFn
@@ -17,10 +18,11 @@ __all__ = ["Block", "Ops", "build_norm"]
 
 @dataclass(frozen=True)
 class Ops:
-    """The implementations of fused ops a model computes with, chosen at start-up."""
+    """The implementations of fused ops a model and its objective compute with, chosen at start-up."""
 
     rms_norm: RMSNormFn
     attention: AttentionFn
+    cross_entropy: CrossEntropyFn = cross_entropy_reference
 
 
 def build_norm(config: ModelConfig, ops: Ops) -> nn.Module:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dist_llm.kernels.cross_entropy.reference import CrossEntropyFn, cross_entropy_reference
+
 __all__ = ["next_token_nll"]
 
 
-def next_token_nll(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor, *, ignore: int) -> torch.Tensor:
+def next_token_nll(
+    hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore: int,
+    cross_entropy: CrossEntropyFn = cross_entropy_reference,
+) -> torch.Tensor:
     """Sum of -log p(target) in nats over the valid targets.
 
     Args:
@@ -16,10 +25,11 @@ def next_token_nll(hidden: torch.Tensor, head_weight: torch.Tensor, targets: tor
         head_weight: (V, D).
         targets: (B, T) int64; ``ignore`` marks targets that do not count.
         ignore: that mark.
+        cross_entropy: takes the logits in the compute dtype, and computes in fp32: in bf16 the log-probabilities themselves
+            would carry only 8 bits.
 
     Returns:
         scalar float32.
     """
     logits = F.linear(hidden.flatten(0, 1), head_weight.to(hidden.dtype))
-    # Softmax in fp32: in bf16 the log-probabilities themselves would carry only 8 bits.
-    return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=ignore, reduction="sum")
+    return cross_entropy(logits, targets.flatten(), ignore=ignore)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dist_llm.kernels.attention.reference import attention_reference
+from dist_llm.kernels.attention.reference import attention_reference, attention_reference_lse
 from dist_llm.kernels.attention.sdpa import attention_sdpa
 
 # B, T, S, N, K, H
@@ -85,6 +85,55 @@ def test_sdpa_equals_reference_forward_and_backward(size: tuple[int, ...], causa
         # a few roundings of numbers as large as the largest gradient, which is what the bound allows.
         largest = max(t.abs().max().item() for t in exact)
         assert (ours.double() - truth).abs().max().item() <= 8 * torch.finfo(dtype).eps * largest, f"result {index}"
+
+
+EXTRAS = {
+    "window": {"window": 3},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.0, 1.0])},
+    "soft cap": {"soft_cap": 0.7},
+    "all": {"window": 4, "alibi_slopes": torch.tensor([0.5, 0.25, 0.0, 1.0]), "soft_cap": 1.3},
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("size", [SIZES["grouped"], SIZES["multi-query"], SIZES["decoding three"]], ids=str)
+def test_reference_follows_window_alibi_and_soft_cap(size: tuple[int, ...], causal: bool, extra: dict) -> None:
+    (q, k, v), _, _ = make_inputs(size, torch.float64, documents=False)
+    out, lse = attention_reference_lse(q, k, v, causal=causal, scale=0.3, **extra)
+    num_queries, num_keys, group = size[1], size[2], size[3] // size[4]
+    for t in range(num_queries):
+        position = num_keys - num_queries + t
+        for n in range(size[3]):
+            scores, seen = [], []
+            for s in range(num_keys):
+                distance = abs(position - s)
+                if (causal and s > position) or distance >= extra.get("window", num_keys):
+                    continue
+                score = 0.3 * float(q[0, t, n] @ k[0, s, n // group])
+                if "soft_cap" in extra:
+                    score = extra["soft_cap"] * math.tanh(score / extra["soft_cap"])
+                if "alibi_slopes" in extra:
+                    score -= float(extra["alibi_slopes"][n]) * distance
+                scores.append(math.exp(score))
+                seen.append(s)
+            expected = sum(e * v[0, s, n // group] for e, s in zip(scores, seen, strict=True)) / sum(scores)
+            torch.testing.assert_close(out[0, t, n], expected, rtol=1e-12, atol=1e-12)
+            assert math.isclose(float(lse[0, n, t]), math.log(sum(scores)), rel_tol=1e-12, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("documents", [False, True], ids=["one text", "documents"])
+@pytest.mark.parametrize("size", [SIZES["grouped"], SIZES["decoding one"], SIZES["decoding three"]], ids=str)
+def test_sdpa_follows_window_alibi_and_soft_cap(size: tuple[int, ...], documents: bool, extra: dict, dtype: torch.dtype) -> None:
+    inputs, doc_ids, dout = make_inputs(size, dtype, documents=documents)
+    options = {"causal": True, "doc_ids": doc_ids, **extra}
+    exact = results(attention_reference, [t.double() for t in inputs], dout.double(), **options)
+    largest = max(t.abs().max().item() for t in exact)
+    for ours, truth in zip(results(attention_sdpa, inputs, dout, **options), exact, strict=True):
+        # As above, and ALiBi's numbers are rounded to the dtype of the scores' mask.
+        assert (ours.double() - truth).abs().max().item() <= 8 * torch.finfo(dtype).eps * largest
 
 
 @pytest.mark.parametrize("fn", [attention_reference, attention_sdpa])

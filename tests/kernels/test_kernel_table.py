@@ -59,7 +59,9 @@ def test_choices_cover_every_function_and_follow_the_config() -> None:
     chosen = choices(CPU, torch.bfloat16, KernelsConfig(rms_norm="reference").model_dump())
     assert set(chosen) == set(TABLES)
     assert chosen["rms_norm"].name == chosen["rms_norm_residual"].name == "reference"
-    assert chosen["attention"].name == "sdpa"
+    # One library holds all compiled kernels: where one of them runs, they all do.
+    native = why_not_native(CPU, torch.bfloat16) is None
+    assert (chosen["attention"].name, chosen["cross_entropy"].name) == (("native", "native") if native else ("sdpa", "reference"))
 
 
 def test_choices_fall_back_to_the_reference_where_nothing_is_compiled() -> None:

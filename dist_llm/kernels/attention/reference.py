@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["attention_reference", "check_arguments", "visible"]
+__all__ = ["attention_reference", "attention_reference_lse", "check_arguments", "position_bias", "visible"]
 
 
-def check_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, doc_ids: torch.Tensor | None) -> None:
+def check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    doc_ids: torch.Tensor | None,
+    window: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+) -> None:
     """Refuse arguments that attention is not defined for.
 
     Raises:
@@ -20,27 +30,101 @@ def check_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal
         raise ValueError(f"attention takes q (B, T, N, H) and k, v (B, S, K, H), not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if q.shape[2] % k.shape[2] != 0:
         raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key and value heads ({k.shape[2]})")
-    if q.shape[1] > k.shape[1] and (causal or doc_ids is not None):
+    has_positions = causal or doc_ids is not None or window is not None or alibi_slopes is not None
+    if q.shape[1] > k.shape[1] and has_positions:
         raise ValueError(f"{q.shape[1]} queries are the last tokens of {k.shape[1]} keys: there cannot be more queries than keys")
     if doc_ids is not None and doc_ids.shape != k.shape[:2]:
         raise ValueError(f"doc_ids {tuple(doc_ids.shape)} must be (B, S) = {tuple(k.shape[:2])}: the document of every key")
+    if window is not None and window < 1:
+        raise ValueError(f"window ({window}) must be at least 1: the query's own token")
+    if alibi_slopes is not None and alibi_slopes.shape != (q.shape[2],):
+        raise ValueError(f"alibi_slopes {tuple(alibi_slopes.shape)} must have one slope for each of the {q.shape[2]} query heads")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap ({soft_cap}) must be positive")
 
 
-def visible(num_queries: int, num_keys: int, *, causal: bool, doc_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+def visible(
+    num_queries: int,
+    num_keys: int,
+    *,
+    causal: bool,
+    doc_ids: torch.Tensor | None,
+    device: torch.device,
+    window: int | None = None,
+) -> torch.Tensor | None:
     """Which keys each query sees.
 
     Returns:
-        bool, (B, 1, T, S) with doc_ids, (T, S) when only causal, None when every query sees every key.
+        bool, (B, 1, T, S) with doc_ids, (T, S) without, None when every query sees every key.
     """
     # The queries are the last tokens of the row: with a cache of earlier keys, query i stands at position S - T + i.
     first = num_keys - num_queries
     mask = None
     if causal:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(first)
+    if window is not None:
+        near = _distance(num_queries, num_keys, device) < window
+        mask = near if mask is None else near & mask
     if doc_ids is not None:
         same_document = (doc_ids[:, first:, None] == doc_ids[:, None, :])[:, None]
         mask = same_document if mask is None else same_document & mask
     return mask
+
+
+def position_bias(num_queries: int, num_keys: int, slopes: torch.Tensor) -> torch.Tensor:
+    """ALiBi (Press et al., arXiv:2108.12409): a head's scores fall by its slope for every token between query and key.
+
+    Args:
+        num_queries: T, the last of the keys' tokens.
+        num_keys: S.
+        slopes: (N,).
+
+    Returns:
+        (N, T, S), dtype of ``slopes``, to be added to the scores.
+    """
+    return -slopes[:, None, None] * _distance(num_queries, num_keys, slopes.device)
+
+
+def _distance(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """Tokens from each query's position to each key, (T, S)."""
+    keys = torch.arange(num_keys, device=device)
+    return (keys[num_keys - num_queries :, None] - keys[None, :]).abs()
+
+
+def attention_reference_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    doc_ids: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attention_reference``, and what its softmax divides by: attention over other keys can then be merged with it.
+
+    Args: as ``attention_reference``.
+
+    Returns:
+        (B, T, N, H) in the dtype of q, and the log of the sum of the exponentials of the scores, (B, N, T), fp32 (fp64 from fp64).
+    """
+    check_arguments(q, k, v, causal=causal, doc_ids=doc_ids, window=window, alibi_slopes=alibi_slopes, soft_cap=soft_cap)
+    wide = torch.promote_types(q.dtype, torch.float32)  # fp64 stays fp64: tests measure errors against it
+    heads_per_key = q.shape[2] // k.shape[2]
+    k_BSNH = k.to(wide).repeat_interleave(heads_per_key, dim=2)
+    v_BSNH = v.to(wide).repeat_interleave(heads_per_key, dim=2)
+    scores_BNTS = torch.einsum("btnh,bsnh->bnts", q.to(wide), k_BSNH) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if soft_cap is not None:
+        scores_BNTS = soft_cap * torch.tanh(scores_BNTS / soft_cap)
+    if alibi_slopes is not None:
+        scores_BNTS = scores_BNTS + position_bias(q.shape[1], k.shape[1], alibi_slopes.to(wide))
+    mask = visible(q.shape[1], k.shape[1], causal=causal, doc_ids=doc_ids, device=q.device, window=window)
+    if mask is not None:
+        scores_BNTS = scores_BNTS.masked_fill(~mask, float("-inf"))
+    out_BTNH = torch.einsum("bnts,bsnh->btnh", scores_BNTS.softmax(-1), v_BSNH).to(q.dtype)
+    return out_BTNH, scores_BNTS.logsumexp(-1)
 
 
 def attention_reference(
@@ -51,6 +135,9 @@ def attention_reference(
     causal: bool,
     doc_ids: torch.Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v over the keys a query may see, in fp32 and rounded once.
 
@@ -59,19 +146,15 @@ def attention_reference(
         k: (B, S, K, H), N a multiple of K; query head n reads key head n // (N / K).
         v: (B, S, K, H).
         causal: a query sees no later key.
-        doc_ids: (B, S) integers; a query sees only keys of its own document. None: one document a row.
+        doc_ids: (B, S) integers that never fall along a row; a query sees only keys of its own document. None: one document a row.
         scale: factor of the scores; default 1 / sqrt(H).
+        window: a query sees only keys fewer than this many tokens away (1: itself alone). None: any distance.
+        alibi_slopes: (N,), fp32: scores fall by the head's slope for every token between query and key. A constant: no gradient.
+        soft_cap: scaled scores s become soft_cap * tanh(s / soft_cap), before ALiBi. None: they stay.
 
     Returns:
         (B, T, N, H), dtype of q.
     """
-    check_arguments(q, k, v, causal=causal, doc_ids=doc_ids)
-    wide = torch.promote_types(q.dtype, torch.float32)  # fp64 stays fp64: tests measure errors against it
-    heads_per_key = q.shape[2] // k.shape[2]
-    k_BSNH = k.to(wide).repeat_interleave(heads_per_key, dim=2)
-    v_BSNH = v.to(wide).repeat_interleave(heads_per_key, dim=2)
-    scores_BNTS = torch.einsum("btnh,bsnh->bnts", q.to(wide), k_BSNH) * (q.shape[3] ** -0.5 if scale is None else scale)
-    mask = visible(q.shape[1], k.shape[1], causal=causal, doc_ids=doc_ids, device=q.device)
-    if mask is not None:
-        scores_BNTS = scores_BNTS.masked_fill(~mask, float("-inf"))
-    return torch.einsum("bnts,bsnh->btnh", scores_BNTS.softmax(-1), v_BSNH).to(q.dtype)
+    return attention_reference_lse(
+        q, k, v, causal=causal, doc_ids=doc_ids, scale=scale, window=window, alibi_slopes=alibi_slopes, soft_cap=soft_cap
+    )[0]

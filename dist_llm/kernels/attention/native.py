@@ -1,0 +1,147 @@
+"""Attention in C++: schemas, shapes without data, and gradients. The device code is in csrc/attention/.
+
+Forward saves its result and one fp32 number a query and head; backward recomputes the probabilities block by block, so that no T x S
+matrix exists at any time. Both have the same bits twice, and at any number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dist_llm.kernels.attention.reference import check_arguments
+from dist_llm.kernels.extension import why_no_kernel
+
+__all__ = ["attention_native", "attention_native_lse", "why_not_native"]
+
+# window 0 and soft_cap 0 stand for none.
+torch.library.define(
+    "dist_llm::attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? doc_ids, Tensor? alibi_slopes, bool causal, int window, float scale, float soft_cap)"
+    " -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "dist_llm::attention_backward",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? doc_ids, Tensor? alibi_slopes,"
+    " bool causal, int window, float scale, float soft_cap) -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+
+Tensors = tuple[torch.Tensor, ...]
+Grads = tuple[torch.Tensor | None, ...]
+
+
+def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the compiled kernels cannot run, or None. Loads the extension at the first call."""
+    supported = (torch.float32, torch.bfloat16)
+    if dtype not in supported:
+        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
+    return why_no_kernel("attention", device)
+
+
+def _fake(q: torch.Tensor, *_: Any) -> Tensors:
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def _fake_backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Tensors:
+    del dout, dlse
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    q, k, v, doc_ids, alibi_slopes, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, doc_ids, alibi_slopes)
+    ctx.options = options
+    # Mostly nobody uses the log-sum-exp; its gradient is then None instead of a tensor of zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Grads:
+    q, k, v, out, lse, doc_ids, alibi_slopes = ctx.saved_tensors
+    dq, dk, dv = torch.ops.dist_llm.attention_backward(
+        torch.zeros_like(out) if dout is None else _neighbouring(dout),
+        None if dlse is None else dlse.contiguous(),
+        *(q, k, v, out, lse, doc_ids, alibi_slopes),
+        *ctx.options,
+    )
+    return dq, dk, dv, None, None, None, None, None, None
+
+
+torch.library.register_fake("dist_llm::attention", _fake)
+torch.library.register_fake("dist_llm::attention_backward", _fake_backward)
+torch.library.register_autograd("dist_llm::attention", _backward, setup_context=_save)
+
+
+def _neighbouring(t: torch.Tensor) -> torch.Tensor:
+    """``t``, copied only when its head dims are not neighbours: slices of a cache or of a fused projection are read in place."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def attention_native_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    doc_ids: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attention_reference_lse`` block by block; ask ``why_not_native`` first, as ``select`` does.
+
+    Args:
+        q: (B, T, N, H): the last T of S tokens; fp32 or bf16.
+        k: (B, S, K, H), N a multiple of K, dtype of q.
+        v: (B, S, K, H), dtype of q.
+        causal: a query sees no later key.
+        doc_ids: (B, S), int32 or int64, never falling along a row, or None.
+        scale: factor of the scores; default 1 / sqrt(H).
+        window: a query sees only keys fewer than this many tokens away, or None.
+        alibi_slopes: (N,), constant, or None.
+        soft_cap: bound of the scores, or None.
+
+    Returns:
+        (B, T, N, H) in the dtype of q, and the log of the sum of the exponentials of the scores, (B, N, T), fp32. Both have a gradient.
+
+    Raises:
+        ValueError: the arguments do not fit one another, or the slopes ask for a gradient, which this op does not compute.
+    """
+    check_arguments(q, k, v, causal=causal, doc_ids=doc_ids, window=window, alibi_slopes=alibi_slopes, soft_cap=soft_cap)
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes require a gradient, which native attention does not compute; detach them")
+    out, lse = torch.ops.dist_llm.attention(
+        *(_neighbouring(t) for t in (q, k, v)),
+        None if doc_ids is None else doc_ids.contiguous(),
+        None if alibi_slopes is None else alibi_slopes.float().contiguous(),
+        causal,
+        window or 0,
+        q.shape[3] ** -0.5 if scale is None else scale,
+        soft_cap or 0.0,
+    )
+    return out, lse
+
+
+def attention_native(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    doc_ids: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """``attention_reference`` block by block; ask ``why_not_native`` first, as ``select`` does.
+
+    Args: as ``attention_native_lse``.
+
+    Returns:
+        (B, T, N, H), dtype of q.
+    """
+    return attention_native_lse(
+        q, k, v, causal=causal, doc_ids=doc_ids, scale=scale, window=window, alibi_slopes=alibi_slopes, soft_cap=soft_cap
+    )[0]

@@ -1,0 +1,341 @@
+"""The compiled attention kernels against the definition, by their error from float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm.kernels.attention.native import attention_native, attention_native_lse, why_not_native
+from dist_llm.kernels.attention.reference import attention_reference_lse
+from dist_llm.kernels.extension import load_extension
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = [torch.float32, torch.bfloat16]
+
+needs_native = pytest.mark.skipif(why_not_native(CPU, torch.float32) is not None, reason=str(why_not_native(CPU, torch.float32)))
+
+# B, T, S, N, K, H
+SIZES = {
+    "several blocks": (2, 200, 200, 3, 3, 64),
+    "head dim 40": (2, 123, 123, 4, 2, 40),
+    "head dim 1": (1, 65, 65, 2, 2, 1),
+    "head dim 33": (1, 70, 70, 2, 1, 33),
+    "head dim 256": (1, 67, 67, 2, 1, 256),
+    "one token": (3, 1, 1, 2, 2, 32),
+    "one token after many": (2, 1, 150, 4, 2, 64),
+    "two tokens after many": (1, 2, 150, 4, 2, 48),
+    "some tokens after many": (1, 19, 300, 2, 2, 64),
+    "all heads to one": (1, 131, 131, 20, 1, 48),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "bidirectional": {"causal": False},
+    "documents": {"causal": True, "documents": 31},
+    "one-token documents": {"causal": True, "documents": 1},
+    "bidirectional documents": {"causal": False, "documents": 70},
+    "window": {"causal": True, "window": 37},
+    "window of one": {"causal": True, "window": 1},
+    "bidirectional window": {"causal": False, "window": 20},
+    "alibi": {"causal": True, "alibi": True},
+    "soft cap": {"causal": True, "soft_cap": 1.5},
+    "negative scale": {"causal": True, "scale": -0.3},
+    "everything": {"causal": False, "documents": 90, "window": 40, "alibi": True, "soft_cap": 2.0, "scale": 0.2},
+}
+
+
+def make_inputs(size: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    """q, k, v, and gradients of the result and of its log-sum-exp."""
+    b, t, s, n, k, h = size
+    generator = torch.Generator().manual_seed(11)
+    shapes = ((b, t, n, h), (b, s, k, h), (b, s, k, h), (b, t, n, h))
+    return [*(torch.randn(shape, generator=generator).to(dtype) for shape in shapes), torch.randn(b, n, t, generator=generator)]
+
+
+def make_options(size: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
+    b, _, s, n, _, _ = size
+    made = dict(options)
+    length = made.pop("documents", None)
+    if length is not None:
+        # Cut differently in each row.
+        made["doc_ids"] = (torch.arange(s)[None] + 3 * torch.arange(b)[:, None]) // length
+    if made.pop("alibi", False):
+        made["alibi_slopes"] = 0.5 ** torch.arange(1, n + 1)
+    return made
+
+
+def results(fn: Callable[..., Any], inputs: list[torch.Tensor], options: dict[str, Any]) -> list[torch.Tensor]:
+    """The result, its log-sum-exp, dq, dk, dv."""
+    *qkv, dout, dlse = inputs
+    leaves = [t.clone().requires_grad_() for t in qkv]
+    out, lse = fn(*leaves, **options)
+    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, [dout, dlse.to(lse.dtype)])]
+
+
+def assert_at_most_twice_the_reference_error(size: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -> None:
+    inputs, options = make_inputs(size, dtype), make_options(size, options)
+    exact = results(attention_reference_lse, [t.double() for t in inputs], options)
+    expected = results(attention_reference_lse, inputs, options)
+    measured = results(attention_native_lse, inputs, options)
+    # The reference rounds once, from fp32. With few numbers its largest error is luck, and where a query has one key its gradient is
+    # a difference of equal numbers, exactly zero here and noise there. What follows from two fp32 roundings of the terms of a score,
+    # which change a probability by that factor, and from one rounding of the largest number of a result is therefore no error.
+    # The three gradients share their terms, so the largest of them is their measure.
+    q, k, *_ = (t.double().abs() for t in inputs)
+    terms = torch.einsum("btnh,bsnh->bnts", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)).max().item()
+    score_error = 2 * torch.finfo(torch.float32).eps * terms * abs(options.get("scale", size[-1] ** -0.5))
+    largest = [t.abs().max().item() for t in exact]
+    scales = [largest[0], max(1.0, largest[1]), *([max(largest[2:])] * 3)]
+    for index, (ours, theirs, truth) in enumerate(zip(measured, expected, exact, strict=True)):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert torch.isfinite(ours).all()
+        unit = torch.finfo(ours.dtype).eps
+        luck = (score_error + unit) * scales[index]
+        error, bound = (ours.double() - truth).abs().max().item(), 2 * (theirs.double() - truth).abs().max().item()
+        assert error <= max(bound, luck), f"result {index} of {size} {dtype} {options}: {error:.3g} > {max(bound, luck):.3g}"
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_native_error_is_at_most_twice_the_reference_error(size: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype) -> None:
+    assert_at_most_twice_the_reference_error(size, dtype, options)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_neither_overflow_nor_lose_the_largest(dtype: torch.dtype) -> None:
+    q, k, v, _, _ = make_inputs((1, 150, 150, 2, 2, 32), dtype)
+    out, lse = attention_native_lse(q * 30, k * 30, v, causal=True)
+    expected, expected_lse = attention_reference_lse((q * 30).double(), (k * 30).double(), v.double(), causal=True)
+    assert expected_lse.max() > 1000  # exp of it is infinite
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@needs_native
+def test_merging_two_halves_by_their_log_sum_exp_equals_the_whole_with_gradients() -> None:
+    def in_halves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        outs, lses = zip(
+            *(attention_native_lse(q, k[:, part], v[:, part], causal=False) for part in (slice(0, 50), slice(50, 128))), strict=True
+        )
+        weights = torch.stack(lses).softmax(0).transpose(2, 3)[..., None]
+        return (torch.stack(outs) * weights).sum(0)
+
+    *qkv, dout, _ = make_inputs((2, 90, 128, 4, 2, 24), torch.float32)
+    leaves = [t.clone().requires_grad_() for t in qkv]
+    merged, whole = in_halves(*leaves), attention_native(*leaves, causal=False)
+    torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-6)
+    for ours, same in zip(torch.autograd.grad(merged, leaves, dout), torch.autograd.grad(whole, leaves, dout), strict=True):
+        torch.testing.assert_close(ours, same, rtol=1e-4, atol=2e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("used", ["result", "log-sum-exp"])
+def test_either_result_alone_has_a_gradient(used: str) -> None:
+    *qkv, dout, dlse = make_inputs((1, 40, 40, 2, 1, 16), torch.float32)
+    gradients = []
+    for fn in (attention_native_lse, attention_reference_lse):
+        leaves = [t.clone().requires_grad_() for t in qkv]
+        out, lse = fn(*leaves, causal=True)
+        gradients.append(torch.autograd.grad(*((out, leaves, dout) if used == "result" else (lse, leaves, dlse)), materialize_grads=True))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("num_tokens", [1, 77])
+def test_native_reads_slices_of_a_cache_and_of_a_fused_projection_in_place(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    fused = torch.randn(2, num_tokens, 8, 32, generator=generator)  # 4 query, 2 key, 2 value heads
+    cache_k, cache_v = (torch.randn(2, 200, 2, 32, generator=generator) for _ in range(2))
+    cases = [(fused[:, :, :4], cache_k[:, :150], cache_v[:, :150]), (fused[:, :, :4], fused[:, :, 4:6], fused[:, :, 6:])]
+    for views in cases:
+        assert not any(t.is_contiguous() for t in views)
+        whole = results(
+            attention_native_lse,
+            [*(t.contiguous() for t in views), torch.ones(2, num_tokens, 4, 32), torch.ones(2, 4, num_tokens)],
+            {"causal": True},
+        )
+        leaves = [t.detach().requires_grad_() for t in views]
+        out, lse = attention_native_lse(*leaves, causal=True)
+        assert torch.equal(out, whole[0])
+        assert torch.equal(lse, whole[1])
+        for ours, same in zip(torch.autograd.grad([out.sum(), lse.sum()], leaves), whole[2:], strict=True):
+            assert torch.equal(ours, same)
+
+
+@needs_native
+def test_native_takes_head_dims_that_are_not_neighbours() -> None:
+    q, k, v, dout, dlse = make_inputs((2, 30, 30, 2, 2, 16), torch.float32)
+    scattered = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (q, k, v, dout)]
+    assert all(t.stride(-1) != 1 for t in scattered)
+    for ours, same in zip(
+        results(attention_native_lse, [*scattered, dlse], {"causal": True}),
+        results(attention_native_lse, [q, k, v, dout, dlse], {"causal": True}),
+        strict=True,
+    ):
+        assert torch.equal(ours, same)
+
+
+@needs_native
+def test_tokens_behind_a_cached_prefix_equal_the_whole_row() -> None:
+    (q, k, v, _, _), options = make_inputs((2, 140, 140, 4, 2, 40), torch.float32), {"causal": True, "window": 90}
+    whole, lse = attention_native_lse(q, k, v, **options)
+    for count in (1, 2, 5, 100):
+        last, last_lse = attention_native_lse(q[:, -count:], k, v, **options)
+        torch.testing.assert_close(last, whole[:, -count:], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(last_lse, lse[:, :, -count:], rtol=1e-6, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_gives_the_same_bits_twice_and_at_any_number_of_threads(dtype: torch.dtype) -> None:
+    size = (2, 150, 150, 6, 2, 48)
+    inputs, options = make_inputs(size, dtype), make_options(size, OPTIONS["documents"])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first, again = (results(attention_native_lse, inputs, options) for _ in range(2))
+        torch.set_num_threads(3)
+        threaded = results(attention_native_lse, inputs, options)
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, three in zip(first, again, threaded, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New tensors are born full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(8).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_native
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("size", [*SIZES.values(), (0, 5, 5, 2, 2, 8), (2, 0, 5, 2, 2, 8)], ids=str)
+def test_native_writes_every_element_of_every_result(size: tuple[int, ...]) -> None:
+    for dtype in DTYPES:
+        for options in ({"causal": True}, {"causal": True, "window": 9}):
+            for result in results(attention_native_lse, make_inputs(size, dtype), options):
+                assert torch.isfinite(result).all()
+
+
+@needs_native
+def test_queries_without_keys_get_zeros_and_an_infinite_log_sum_exp() -> None:
+    out, lse = attention_native_lse(torch.randn(1, 3, 2, 8), torch.randn(1, 0, 2, 8), torch.randn(1, 0, 2, 8), causal=False)
+    assert torch.equal(out, torch.zeros(1, 3, 2, 8))
+    assert torch.equal(lse, torch.full((1, 2, 3), float("-inf")))
+
+
+@needs_native
+@pytest.mark.parametrize("num_queries", [1, 90])
+def test_native_keeps_a_nan_visible(num_queries: int) -> None:
+    q, k, v, _, _ = make_inputs((2, num_queries, 90, 2, 2, 40), torch.bfloat16)
+    q[0, -1, 1, 39] = float("nan")
+    out = attention_native(q, k, v, causal=True)
+    assert out[0, -1, 1].isnan().all()
+    out[0, -1, 1] = 0
+    assert torch.isfinite(out).all()
+
+
+@needs_native
+def test_opcheck_accepts_both_ops() -> None:
+    size = (2, 11, 17, 4, 2, 24)
+    for dtype in DTYPES:
+        *qkv, dout, dlse = make_inputs(size, dtype)
+        for options in (OPTIONS["causal"], OPTIONS["everything"]):
+            made = make_options(size, options)
+            given = (made.get("doc_ids"), made.get("alibi_slopes"), made["causal"], made.get("window", 0), 0.2, made.get("soft_cap", 0.0))
+            leaves = [t.clone().requires_grad_() for t in qkv]
+            torch.library.opcheck(torch.ops.dist_llm.attention, (*leaves, *given))
+            out, lse = torch.ops.dist_llm.attention(*qkv, *given)
+            torch.library.opcheck(torch.ops.dist_llm.attention_backward, (dout, dlse, *qkv, out, lse, *given))
+            torch.library.opcheck(torch.ops.dist_llm.attention_backward, (dout, None, *qkv, out, lse, *given))
+
+
+@needs_native
+@pytest.mark.parametrize("options", [OPTIONS["causal"], OPTIONS["everything"]], ids=["causal", "everything"])
+def test_native_compiles_as_one_graph_with_equal_results(options: dict[str, Any]) -> None:
+    size = (2, 33, 33, 4, 2, 16)
+    inputs, made = make_inputs(size, torch.float32), make_options(size, options)
+    # aot_eager traces forward and backward through the fake kernels without generating code: the op is what is tested.
+    compiled = torch.compile(attention_native_lse, fullgraph=True, backend="aot_eager")
+    for traced, eager in zip(results(compiled, inputs, made), results(attention_native_lse, inputs, made), strict=True):
+        assert torch.equal(traced, eager)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"doc_ids": torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]])},
+            RuntimeError,
+            "must not fall along a row: row 0 has 1 before 0 at token 3",
+        ),
+        ({"doc_ids": torch.zeros(2, 4)}, RuntimeError, "doc_ids must be int32 or int64, not Float"),
+        ({"window": 0}, ValueError, r"window \(0\) must be at least 1"),
+        ({"soft_cap": 0.0}, ValueError, r"soft_cap \(0\.0\) must be positive"),
+        ({"alibi_slopes": torch.zeros(3)}, ValueError, r"alibi_slopes \(3,\) must have one slope for each of the 2 query heads"),
+        ({"alibi_slopes": torch.zeros(2, requires_grad=True)}, ValueError, "detach them"),
+    ],
+)
+def test_native_refuses_options_it_cannot_follow(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    q, k, v, _, _ = make_inputs((2, 4, 4, 2, 2, 8), torch.float32)
+    with pytest.raises(error, match=message):
+        attention_native(q, k, v, causal=True, **change)
+
+
+@needs_native
+def test_native_refuses_other_dtypes() -> None:
+    q, k, v, _, _ = make_inputs((1, 4, 4, 2, 2, 8), torch.float32)
+    with pytest.raises(RuntimeError, match="takes q in fp32 or bf16, not Double"):
+        attention_native(q.double(), k.double(), v.double(), causal=True)
+    with pytest.raises(RuntimeError, match="k is BFloat16 but q is Float"):
+        attention_native(q, k.bfloat16(), v.bfloat16(), causal=True)
+
+
+def test_why_not_native_names_the_dtypes_it_takes() -> None:
+    assert "float64" in str(why_not_native(CPU, torch.float64))
+    assert "torch.bfloat16" in str(why_not_native(CPU, torch.float64))
+
+
+# The instructions are chosen once in a process, so each set is tried in its own.
+CHECK_ISA = """
+from dist_llm.kernels.extension import load_extension
+from tests.kernels.test_attention_native import DTYPES, OPTIONS, SIZES, assert_at_most_twice_the_reference_error
+print(load_extension().cpu_isa)
+for dtype in DTYPES:
+    for size in SIZES.values():
+        for options in OPTIONS.values():
+            assert_at_most_twice_the_reference_error(size, dtype, options)
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
+def test_native_is_as_exact_with_older_instructions(isa: str) -> None:
+    order = ["avx512", "avx2", "generic"]
+    if order.index(isa) < order.index(str(load_extension().cpu_isa)):
+        pytest.skip(f"this processor, or DIST_LLM_CPU_ISA, stops at {load_extension().cpu_isa}")
+    environment = {**os.environ, "DIST_LLM_CPU_ISA": isa}
+    command = [sys.executable, "-c", CHECK_ISA]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
