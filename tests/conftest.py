@@ -18,7 +18,11 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def clean_environment() -> dict[str, str]:
     """This environment with its own programs first, and nothing that a launcher of the test run itself may have left."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("SLURM_", "TORCHELASTIC_")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     return {**kept, "PATH": f"{BIN}{os.pathsep}{kept.get('PATH', '')}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step = cases.add_parser("step", help="one training step against plain PyTorch code of the same model")
     step.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
     step.add_argument("--rounds", type=int, default=9, metavar="N", help="interleaved rounds; medians are reported (default 9)")
+    step.add_argument(
+        "--malloc", choices=["tuned", "default"], default="tuned", help="glibc's allocator: as `train` sets it, or as it comes"
+    )
     step.add_argument("--profile", action="store_true", help="also print where the time of our step goes")
     for case in (speed, step):
         case.add_argument("--json", action="store_true", help="answer with one JSON object on stdout")
@@ -82,6 +85,9 @@ def _step(arguments: argparse.Namespace) -> int:
     from dist_llm.bench.step import race_step, step_as_text
     from dist_llm.utils.errors import ExitCode
 
-    answer = race_step(threads=arguments.threads, rounds=arguments.rounds, profile=arguments.profile)
+    answer = race_step(
+        threads=arguments.threads, rounds=arguments.rounds, profile=arguments.profile, tuned_malloc=arguments.malloc == "tuned"
+    )
     print(json.dumps(answer) if arguments.json else step_as_text(answer))
-    return ExitCode.DONE
+    # A tenth: by how much more two equally careful bf16 programs can differ, depending on which way they happen to round.
+    return ExitCode.CHECK_FAILED if answer["err"] > 1.1 * answer["peer_err"] else ExitCode.DONE

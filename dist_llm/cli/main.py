@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -84,3 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has seen enough. Nothing may be written to stdout any more, not even at exit.
         sys.stderr.close()
         return ExitCode.DONE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"dist-llm {verb}: the disk is full ({error.filename or 'standard output'}); free some space", file=sys.stderr)
+        return ExitCode.IO

@@ -38,18 +38,30 @@ class ModelConfig(Section):
     d_model: int = Field(ge=1, description="Width of the residual stream.")
     num_layers: int = Field(ge=1, description="Blocks of attention and MLP.")
     num_heads: int = Field(ge=1, description="Query heads.")
-    num_kv_heads: int | None = Field(None, ge=1, description="Key and value heads: num_heads (the default) is multi-head, 1 is multi-query, between is grouped-query attention.")
+    num_kv_heads: int | None = Field(
+        None,
+        ge=1,
+        description="Key and value heads: num_heads (the default) is multi-head, 1 is multi-query, between is grouped-query attention.",
+    )
     head_dim: int | None = Field(None, ge=1, description="Size of one head; default d_model / num_heads.")
-    ffn_dim: int | None = Field(None, ge=1, description="Inner width of the MLP; default 4 d_model for gelu, 8/3 d_model rounded up to a multiple of 32 for swiglu.")
+    ffn_dim: int | None = Field(
+        None, ge=1, description="Inner width of the MLP; default 4 d_model for gelu, 8/3 d_model rounded up to a multiple of 32 for swiglu."
+    )
     max_seq_len: int = Field(ge=1, description="Longest row in tokens; size of the learned position table.")
     norm: Literal["rms_norm", "layer_norm"] = Field("rms_norm", description="Normalisation before each sub-layer and at the end.")
     norm_eps: float = Field(1e-5, gt=0, description="Added to the variance inside the norm.")
-    position: Literal["rotary", "learned"] = Field("rotary", description="How positions enter: rotated queries and keys, or a learned table added to the embedding.")
+    position: Literal["rotary", "learned"] = Field(
+        "rotary", description="How positions enter: rotated queries and keys, or a learned table added to the embedding."
+    )
     rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
     activation: Literal["swiglu", "gelu"] = Field("swiglu", description="MLP non-linearity; swiglu has a gate matrix.")
     bias: bool = Field(False, description="Biases on the linear layers and in layer_norm.")
     tie_embeddings: bool = Field(True, description="Use the embedding matrix as the output head.")
-    init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights; projections back into the residual stream are divided by sqrt(2 num_layers).")
+    init_std: float = Field(
+        0.02,
+        gt=0,
+        description="Standard deviation of initial weights; projections back into the residual stream are divided by sqrt(2 num_layers).",
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -76,8 +88,12 @@ class DataConfig(Section):
 
     path: str | None = Field(None, description="Directory written by `dist-llm data prepare`; relative to the working directory.")
     seq_len: int = Field(ge=1, description="Tokens in a row.")
-    packing: Literal["concatenate"] = Field("concatenate", description="How documents fill rows: one after the other, cut wherever a row ends.")
-    document_mask: bool = Field(False, description="Attention stays inside a document and positions restart at each; off, a row is read as one text.")
+    packing: Literal["concatenate"] = Field(
+        "concatenate", description="How documents fill rows: one after the other, cut wherever a row ends."
+    )
+    document_mask: bool = Field(
+        False, description="Attention stays inside a document and positions restart at each; off, a row is read as one text."
+    )
     shuffle: bool = Field(True, description="Visit the rows of an epoch in a random order that depends on seed and epoch only.")
 
 
@@ -86,17 +102,24 @@ class TrainConfig(Section):
 
     steps: int = Field(ge=1, description="Optimiser steps.")
     batch_size: int = Field(ge=1, description="Rows in one optimiser step, over all ranks and micro-batches.")
-    micro_batch_size: int = Field(ge=1, description="Rows one rank holds at once; accumulation steps = batch_size / (micro_batch_size * ranks).")
+    micro_batch_size: int = Field(
+        ge=1, description="Rows one rank holds at once; accumulation steps = batch_size / (micro_batch_size * ranks)."
+    )
     engine: Literal["auto", "plain", "deepspeed"] = Field("auto", description="auto: plain on one rank, deepspeed on more.")
     threads: int | None = Field(None, ge=1, description="CPU threads a rank computes with; default cores / ranks on the node.")
-    resume: Literal["auto", "never", "must"] = Field("auto", description="auto: go on from the newest valid checkpoint if there is one; never: refuse a directory that has one; must: fail (66) without one.")
+    resume: Literal["auto", "never", "must"] = Field(
+        "auto",
+        description="auto: go on from the newest valid checkpoint if there is one; never: refuse a directory that has one; must: fail (66) without one.",
+    )
 
 
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
     lr: float = Field(gt=0, description="Peak learning rate.")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="After warm-up: cosine to min_lr_ratio, stable then linear decay (wsd), or constant.")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="After warm-up: cosine to min_lr_ratio, stable then linear decay (wsd), or constant."
+    )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     decay_steps: int | None = Field(None, ge=1, description="wsd: steps of the final decay; default a fifth of the run.")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Learning rate at the end, relative to lr.")
@@ -110,16 +133,24 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """How the run is divided over ranks."""
 
-    dp: int | None = Field(None, ge=1, description="Data-parallel ranks; default all the launcher started, and a different number is refused.")
-    zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage: what is divided over dp (1 optimiser, 2 gradients, 3 parameters).")
-    recompute: Literal["none", "full"] = Field("none", description="full: keep only block inputs and compute activations again in backward.")
+    dp: int | None = Field(
+        None, ge=1, description="Data-parallel ranks; default all the launcher started, and a different number is refused."
+    )
+    zero: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage: what is divided over dp (1 optimiser, 2 gradients, 3 parameters)."
+    )
+    recompute: Literal["none", "full"] = Field(
+        "none", description="full: keep only block inputs and compute activations again in backward."
+    )
 
 
 class EvalConfig(Section):
     """Loss on held-out documents."""
 
     every: int = Field(0, ge=0, description="Evaluate every so many steps; 0: only at the end.")
-    rows: int | None = Field(None, ge=1, description="Held-out rows read by a periodic evaluation; default all. The last evaluation always reads all.")
+    rows: int | None = Field(
+        None, ge=1, description="Held-out rows read by a periodic evaluation; default all. The last evaluation always reads all."
+    )
 
 
 class CheckpointConfig(Section):
@@ -134,7 +165,9 @@ class LogConfig(Section):
 
     every: int = Field(10, ge=1, description="Console line every so many steps where there is no terminal.")
     tensorboard: bool = Field(False, description="Mirror the metrics to tb/ in the run directory.")
-    wandb: Literal["off", "offline", "online"] = Field("off", description="Mirror the metrics to Weights & Biases; offline writes to wandb/ in the run directory.")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="Mirror the metrics to Weights & Biases; offline writes to wandb/ in the run directory."
+    )
     wandb_project: str = Field("dist_llm", description="wandb project.")
 
 
@@ -152,7 +185,9 @@ class RunConfig(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run.")
     run_dir: str | None = Field(None, description="Where the run writes; default runs/<name>.")
     seed: int = Field(1234, ge=0, lt=2**63, description="Root of all randomness: initial weights, data order.")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: parameters and activations in bf16; master weights, moments, gradient sums and reductions in fp32.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="bf16: parameters and activations in bf16; master weights, moments, gradient sums and reductions in fp32."
+    )
     model: ModelConfig = Field(description="Shape of the model.")
     data: DataConfig = Field(description="Rows and documents.")
     train: TrainConfig = Field(description="Length and batch.")

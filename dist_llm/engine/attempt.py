@@ -112,7 +112,8 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
                 stack.callback(recorder.close)
                 for note in start.notes:
                     recorder.note(note)
-                recorder.note(_headline(config, launch, names, deepspeed=deepspeed))
+                ops = {impl.op: impl.name for impl in chosen.values()}
+                recorder.note(_headline(config, launch, ops, deepspeed=deepspeed))
             peak = peak_flops(ctx.device, compute_dtype(config))
             (peak_sum,) = all_reduce_sum([peak or 0.0], ctx.world, ctx.device)
             with _agreed(ctx, "building the engine"):

@@ -51,3 +51,12 @@ def test_output_into_a_closed_pipe_ends_quietly() -> None:
     command = f"{sys.executable} -m dist_llm config schema | head -c 10"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env=clean_environment(), check=False)
     assert done.stderr == ""
+
+
+def test_a_full_disk_under_stdout_ends_with_74() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dist_llm", "config", "schema"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=clean_environment(), check=False,
+        )  # fmt: skip
+    assert done.returncode == 74 and "disk is full" in done.stderr and "Traceback" not in done.stderr

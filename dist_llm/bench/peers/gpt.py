@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_llm.config.schema import ModelConfig, OptimConfig
 
-__all__ = ["PlainGPT", "PlainStep"]
+__all__ = ["PlainGPT", "PlainStep", "peer_tensors"]
 
 
 class _Block(nn.Module):
@@ -44,15 +44,7 @@ class PlainGPT(nn.Module):
         self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(_Block(config.d_model, config.num_heads, config.norm_eps) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        own = {"embedding.weight": weights["embedding.weight"], "positions.weight": weights["positions.weight"]}
-        names = {"norm1": "attention_norm", "norm2": "mlp_norm", "out": "attention.output", "up": "mlp.up", "down": "mlp.down"}
-        for kind in ("weight", "bias"):
-            own[f"norm.{kind}"] = weights[f"final_norm.{kind}"]
-            for i in range(config.num_layers):
-                parts = [weights[f"blocks.{i}.attention.{part}.{kind}"] for part in ("query", "key", "value")]
-                own[f"blocks.{i}.qkv.{kind}"] = torch.cat(parts)
-                own.update({f"blocks.{i}.{mine}.{kind}": weights[f"blocks.{i}.{ours}.{kind}"] for mine, ours in names.items()})
-        self.load_state_dict(own)
+        self.load_state_dict(peer_tensors(weights, config.num_layers))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, T) int64 -> (B, T, V)."""
@@ -60,6 +52,19 @@ class PlainGPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.embedding.weight)
+
+
+def peer_tensors(ours: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+    """Our weights, or their gradients, under the names of ``PlainGPT``."""
+    peer = {"embedding.weight": ours["embedding.weight"], "positions.weight": ours["positions.weight"]}
+    names = {"norm1": "attention_norm", "norm2": "mlp_norm", "out": "attention.output", "up": "mlp.up", "down": "mlp.down"}
+    for kind in ("weight", "bias"):
+        peer[f"norm.{kind}"] = ours[f"final_norm.{kind}"]
+        for i in range(num_layers):
+            parts = [ours[f"blocks.{i}.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            peer[f"blocks.{i}.qkv.{kind}"] = torch.cat(parts)
+            peer.update({f"blocks.{i}.{mine}.{kind}": ours[f"blocks.{i}.{name}.{kind}"] for mine, name in names.items()})
+    return peer
 
 
 class PlainStep:
@@ -84,13 +89,18 @@ class PlainStep:
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
         self.trained = trained
 
-    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> float:
-        """One step; the loss."""
+    def forward_backward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss; its gradients are in the model's parameters."""
         autocast = contextlib.nullcontext() if self.masters else torch.autocast(tokens.device.type, torch.bfloat16)
         with autocast:
             logits = self.model(tokens)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         torch.autograd.backward(loss)
+        return loss.detach()
+
+    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> float:
+        """One step; the loss."""
+        loss = self.forward_backward(tokens, targets)
         if self.masters is not None:
             for master, low in zip(self.masters, self.model.parameters(), strict=True):
                 assert low.grad is not None
@@ -102,4 +112,4 @@ class PlainStep:
         if self.masters is not None:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.model.parameters()), self.masters)
-        return float(loss.detach())
+        return float(loss)
