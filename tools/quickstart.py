@@ -234,8 +234,22 @@ def _run(command: list[str], shown: str, *, capture: bool = False) -> str:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     if not Path("/dev/nvidiactl").exists():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # what deepspeed finds by itself too, with a warning from every process
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None, env=environment)
-    return done.stdout if capture else ""
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE if capture else None, env=environment)
+    interrupted = False
+    while True:
+        try:
+            output, _ = process.communicate()
+            break
+        except KeyboardInterrupt:
+            # The terminal has interrupted the command as well: let it save and say so. A second Ctrl-C reaches it too.
+            if not interrupted:
+                print("quickstart: waiting for the command to save; Ctrl-C again stops it at once", file=sys.stderr)
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return output or ""
 
 
 if __name__ == "__main__":
