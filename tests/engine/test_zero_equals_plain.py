@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dist_llm.comm.context import ParallelContext
 from tests.conftest import BIN, ROOT, clean_environment
-from tests.engine.zero_program import config_for, train
+from tests.engine.zero_program import OTHERS, config_for, train
 
 STEPS = 20
 
@@ -61,6 +61,11 @@ def test_every_zero_stage_gives_the_losses_gradients_and_weights_of_one_plain_pr
             if key.startswith("weight/"):
                 # AdamW at eps 1e-5 turns a gradient's rounding into at most that much of a step.
                 assert float((ours[key] - plain_fp32[key]).abs().max() / plain_fp32[key].abs().max()) < 1e-4, (zero, key)
+    for name, (tiny, _, _) in OTHERS.items():
+        ours = load_file(tmp_path / f"{name}.safetensors")
+        plain = train(config_for(str(corpus), "fp32", 6, 0, tiny=tiny), ParallelContext(device=torch.device("cpu")))
+        assert relative(ours["losses"], plain["losses"]) < 1e-6, name
+        assert worst_gradient(ours, plain)[0] < 1e-5, name
 
 
 def test_every_zero_stage_follows_the_plain_process_in_bf16(tmp_path: Path, corpus: Path) -> None:

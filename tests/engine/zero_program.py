@@ -27,11 +27,20 @@ from dist_llm.optim.schedule import learning_rate
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def config_for(corpus: str, precision: str, steps: int, zero: int, extra: list[str] | None = None) -> RunConfig:
-    """The tiny LLaMA with an accumulation of at least two micro-batches on two ranks."""
+# Besides the four stages: tied embeddings and biases, whose head is read outside the module that owns it; the same with
+# recomputation, which runs forward again inside backward, when ZeRO-3 has let go of the parameters; packed documents.
+OTHERS = {
+    "gpt2-zero3": ("gpt2", 3, []),
+    "gpt2-zero3-recompute": ("gpt2", 3, ["parallel.recompute=full"]),
+    "packed-zero2-recompute": ("packed", 2, ["parallel.recompute=full"]),
+}
+
+
+def config_for(corpus: str, precision: str, steps: int, zero: int, extra: list[str] | None = None, *, tiny: str = "llama") -> RunConfig:
+    """A tiny config with an accumulation of at least two micro-batches on two ranks."""
     overrides = [f"data.path={corpus}", f"precision={precision}", f"train.steps={steps}", f"parallel.zero={zero}"]
     overrides += ["train.batch_size=8", "train.micro_batch_size=2", "optim.eps=1e-5", *(extra or [])]
-    return load_config(ROOT / "configs/tiny/llama.yaml", overrides).config
+    return load_config(ROOT / f"configs/tiny/{tiny}.yaml", overrides).config
 
 
 def train(config: RunConfig, ctx: ParallelContext) -> dict[str, torch.Tensor]:
@@ -73,6 +82,10 @@ def main() -> None:
             answer = train(config_for(corpus, precision, int(steps), zero), ctx)
             if ctx.is_main:
                 save_file(answer, Path(out) / f"zero{zero}.safetensors")
+        for name, (tiny, zero, extra) in OTHERS.items() if precision == "fp32" else ():
+            answer = train(config_for(corpus, precision, 6, zero, extra, tiny=tiny), ctx)
+            if ctx.is_main:
+                save_file(answer, Path(out) / f"{name}.safetensors")
         all_reduce_sum([0.0], ctx.world, ctx.device)  # leave together
     finally:
         close_context()
