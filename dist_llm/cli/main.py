@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import errno
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 from dist_llm import __version__
 from dist_llm.utils.errors import ExitCode, UserError
 
-__all__ = ["main"]
+__all__ = ["entry", "main"]
 
 # verb: (what it does, module). A module offers `add_arguments(parser)` and `run(args) -> int`.
 VERBS = {
@@ -51,6 +56,35 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
     return parser.parse_args(arguments) if has_subverbs else parser.parse_intermixed_args(arguments)
 
 
+def _drop_stdout() -> None:
+    # What still waits in the buffer would fail once more at exit, with a message and an exit code of its own.
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def entry() -> NoReturn:
+    """The process ``dist-llm``: run the command line and leave with its exit code.
+
+    A process that has loaded torch leaves without taking the interpreter down: threads of torch.distributed and DeepSpeed that ask
+    for the interpreter's lock while it shuts down abort the process ("terminate called without an active exception"), after
+    everything was done, with an exit code that says the opposite.
+    """
+    try:
+        code = main()
+    except SystemExit as leaving:  # argparse: --help, or a wrong option
+        code = leaving.code if isinstance(leaving.code, int) else ExitCode.USAGE
+    except Exception:  # noqa: BLE001 - the last stop of a failure nobody foresaw: said in full, and a failed rank's exit code
+        traceback.print_exc()
+        code = ExitCode.CHECK_FAILED
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or broken: the exit code has been decided already
+            stream.flush()
+    os._exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = _drop_launcher_arguments(list(sys.argv[1:] if argv is None else argv))
@@ -73,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     module.add_arguments(parser)
     try:
-        return int(module.run(_parse(parser, rest)))
+        code = int(module.run(_parse(parser, rest)))
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told apart from a crash
+        return code
     except UserError as error:
         if not error.is_echo:
             print(f"dist-llm {verb}: {error}", file=sys.stderr)
@@ -82,11 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dist-llm {verb}: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has seen enough. Nothing may be written to stdout any more, not even at exit.
-        sys.stderr.close()
+        # The reader (head, less) has seen enough.
+        _drop_stdout()
         return ExitCode.DONE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        _drop_stdout()
         print(f"dist-llm {verb}: the disk is full ({error.filename or 'standard output'}); free some space", file=sys.stderr)
         return ExitCode.IO

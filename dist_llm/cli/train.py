@@ -21,7 +21,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``dist-llm train``."""
     parser.add_argument("config", help="YAML file, see docs/config.md")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that win over the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="values that win over the file")
     parser.add_argument(
         "--dry-run", action="store_true", help="resolve layout, parameters, memory, first batch, steps and disk; write nothing"
     )

@@ -5,6 +5,7 @@ usage: zero_program.py --local_rank=R OUT CORPUS PRECISION STEPS
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -93,3 +94,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # as dist_llm.cli.main.entry, for the same reason
