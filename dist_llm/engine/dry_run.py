@@ -20,6 +20,7 @@ from dist_llm.optim.schedule import learning_rate
 from dist_llm.planning.count import count_params, flops_per_token
 from dist_llm.planning.memory import checkpoint_bytes, rank_memory
 from dist_llm.utils.errors import ExitCode
+from dist_llm.utils.format import byte_size
 
 __all__ = ["dry_run", "resolve"]
 
@@ -109,25 +110,17 @@ def _as_text(answer: dict[str, Any]) -> str:
         f"run         {answer['run_dir']}",
         f"layout      {layout['ranks']} rank(s), {engine}, {layout['precision']}, recompute {layout['recompute']}",
         f"parameters  {params['total']:,} ({params['embedding']:,} in embeddings, {params['non_embedding']:,} in blocks and norms)",
-        f"memory      {_bytes(memory['total'])} a rank: parameters {_bytes(memory['parameters'])}, gradients {_bytes(memory['gradients'])}, "
-        f"optimiser {_bytes(memory['optimizer'])}, activations about {_bytes(memory['activations_estimate'])}, "
-        f"logits about {_bytes(memory['logits_estimate'])}",
+        f"memory      {byte_size(memory['total'])} a rank: parameters {byte_size(memory['parameters'])}, gradients {byte_size(memory['gradients'])}, "
+        f"optimiser {byte_size(memory['optimizer'])}, activations about {byte_size(memory['activations_estimate'])}, "
+        f"logits about {byte_size(memory['logits_estimate'])}",
         f"first batch {answer['first_batch']['tokens']:,} tokens in {answer['first_batch']['micro_batches']} micro-batch(es) a rank; "
         f"rank 0 reads samples {answer['first_batch']['rank_0_rows'][:4]}",
         f"steps       {steps['from']} to {steps['to']}, {steps['tokens']:,} tokens ({steps['tokens_per_parameter']:.1f} a parameter, "
         f"{steps['epochs']:.2f} epochs), {answer['flops']:.3g} FLOPs",
         f"held out    {steps['held_out_rows']:,} rows",
-        f"disk        {_bytes(disk['checkpoint'])} a checkpoint, {_bytes(disk['needed'])} needed, {_bytes(disk['free'])} free",
+        f"disk        {byte_size(disk['checkpoint'])} a checkpoint, {byte_size(disk['needed'])} needed, {byte_size(disk['free'])} free",
     ]
     if disk["needed"] > disk["free"]:
-        print(f"warning: the checkpoints need {_bytes(disk['needed'])}, {_bytes(disk['free'])} are free", file=sys.stderr)
+        print(f"warning: the checkpoints need {byte_size(disk['needed'])}, {byte_size(disk['free'])} are free", file=sys.stderr)
     lines += [f"note        {note}" for note in answer["notes"]]
     return "\n".join([*lines, "nothing was written"])
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")

@@ -13,6 +13,7 @@ from dist_llm.report.plots import draw_figures
 from dist_llm.report.run import RunData, load_run, numbers, summary
 from dist_llm.utils.errors import StorageError
 from dist_llm.utils.files import write_atomic
+from dist_llm.utils.format import byte_size
 
 __all__ = ["draw_report", "write_report"]
 
@@ -51,7 +52,7 @@ def draw_report(run: RunData, out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": _count, "size": _size, "value": _value}
+    environment.filters |= {"count": _count, "size": byte_size, "value": _value}
     page = environment.get_template("report.html.j2").render(
         run=run,
         cards=_cards(run),
@@ -89,14 +90,6 @@ def _count(value: Any) -> str:
         if value >= unit:
             return f"{value / unit:.2f} {name}"
     return f"{value:,.0f}"
-
-
-def _size(value: float) -> str:
-    """A number of bytes."""
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= unit:
-            return f"{value / unit:.1f} {name}"
-    return f"{value:.0f} B"
 
 
 def _value(value: Any) -> str:
@@ -145,7 +138,7 @@ def _cards(run: RunData) -> list[tuple[str, str]]:
         cards.append(("time in steps", duration(sum(seconds))))
     memory = numbers(run.train, "memory_bytes")[1]
     if memory:
-        cards.append(("peak memory, fullest rank", _size(max(memory))))
+        cards.append(("peak memory, fullest rank", byte_size(max(memory))))
     return cards
 
 

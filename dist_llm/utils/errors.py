@@ -10,7 +10,6 @@ from __future__ import annotations
 from enum import IntEnum
 
 __all__ = [
-    "CheckFailed",
     "ConfigError",
     "DataError",
     "ExitCode",
@@ -53,12 +52,6 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """The command line or a config file cannot be used as it is."""
-
-
-class CheckFailed(UserError):
-    """A check that the command exists to make does not hold."""
-
-    exit_code = ExitCode.CHECK_FAILED
 
 
 class DataError(UserError):

@@ -41,11 +41,16 @@ def train_command(*words: object) -> list[str]:
     return [sys.executable, "-m", "dist_llm", "train", *map(str, words)]
 
 
-def launched(*words: object, launcher: str = "deepspeed") -> list[str]:
-    """Two ranks under a launcher."""
+def free_port() -> str:
+    """A port nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+        return str(s.getsockname()[1])
+
+
+def launched(*words: object, launcher: str = "deepspeed") -> list[str]:
+    """Two ranks under a launcher."""
+    port = free_port()
     if launcher == "deepspeed":
         head = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, "--module", "dist_llm"]
     else:

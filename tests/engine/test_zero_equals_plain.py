@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from pathlib import Path
 
@@ -12,17 +11,15 @@ from safetensors.torch import load_file
 
 from dist_llm.comm.context import ParallelContext
 from tests.conftest import BIN, ROOT, clean_environment
+from tests.engine.processes import free_port
 from tests.engine.zero_program import OTHERS, config_for, train
 
 STEPS = 20
 
 
 def launch(out: Path, corpus: Path, precision: str) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     program = Path(__file__).with_name("zero_program.py")
-    command = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", str(port), program, out, corpus, precision, str(STEPS)]
+    command = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", free_port(), program, out, corpus, precision, str(STEPS)]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=clean_environment(), timeout=240, check=False
     )
