@@ -1,19 +1,24 @@
 // Softmax attention without the matrix of scores (Dao et al., arXiv:2205.14135): out = softmax(rule(scale q k^T)) v over the keys each
 // query sees. The definition is dist_llm/kernels/attention/reference.py; the schemas are in native.py beside it.
 //
-//   attention(q, k, v, doc_ids?, alibi_slopes?, causal, window, scale, soft_cap) -> (out, lse)
-//   attention_backward(dout, dlse?, q, k, v, out, lse, doc_ids?, alibi_slopes?, causal, window, scale, soft_cap) -> (dq, dk, dv)
+//   attention(q, k, v, doc_ids?, query_doc_ids?, alibi_slopes?, causal, window, scale, soft_cap, fp32_out) -> (out, lse)
+//   attention_backward(dout, dlse?, q, k, v, out, lse, doc_ids?, query_doc_ids?, alibi_slopes?, causal, window, scale, soft_cap, fp32_out)
+//     -> (dq, dk, dv)
 //
 // Shapes   q, out, dout, dq: (B, T, N, H); k, v, dk, dv: (B, S, K, H), K divides N, query head n reads key head n / (N / K);
-//          H >= 1; lse, dlse: (B, N, T); doc_ids: (B, S), never falling along a row; alibi_slopes: (N).
-// Dtypes   q, k, v, out, dout, dq, dk, dv all fp32 or all bf16; lse, dlse, alibi_slopes fp32; doc_ids int32 or int64.
+//          H >= 1; lse, dlse: (B, N, T); doc_ids: (B, S) and query_doc_ids: (B, T), never falling along a row; alibi_slopes: (N).
+// Dtypes   q, k, v, out, dout, dq, dk, dv all fp32 or all bf16; lse, dlse, alibi_slopes fp32; doc_ids and query_doc_ids int32 or int64,
+//          both the same. With fp32_out the results (out, or dq, dk, dv) are fp32 whatever q is: parts that are summed are rounded once.
 // Memory   q, k, v, out, dout: any strides with neighbouring head dims, so that a slice of a cache or of a fused projection is not
-//          copied; lse, dlse, doc_ids, alibi_slopes contiguous. Results are contiguous and written whole; no argument is changed.
+//          copied; lse, dlse, doc_ids, query_doc_ids, alibi_slopes contiguous. Results are contiguous and written whole; no argument is changed.
 // Keys     The queries are the last T of S tokens: query i is at position S - T + i. It sees keys of its own document, not behind its
 //          position when causal, and nearer than `window` tokens when window > 0 (itself alone at window 1). More queries than keys
-//          are defined only where positions play no part. A query that sees no key gets zeros and a log-sum-exp of -inf.
+//          are defined only where positions play no part. With query_doc_ids queries and keys come from different places of a row and
+//          a query sees the keys of its own document alone: no causal order, no window, no slopes, and any number of queries. A query that sees no key gets zeros and a log-sum-exp of -inf.
 // Scores   s = scale q.k; s = soft_cap tanh(s / soft_cap) when soft_cap > 0; s -= alibi_slopes[n] |position - key|.
 //          lse is the natural logarithm of the sum of exp(s); dlse is the gradient of the loss by it.
+//          attention_backward takes out and lse as they are: given those of a whole row, its dq, dk, dv are what the keys at hand add
+//          to the row's gradients (probabilities are exp(s - lse), whatever keys lse was summed over).
 // Numbers  Scores, softmax and sums in fp32. Where the processor multiplies pairs of bf16, probabilities and the gradients of scores
 //          are rounded to bf16 for their products. The same bits at any number of threads: work is divided by the shape alone.
 #pragma once
@@ -36,10 +41,21 @@ inline void check_rows(const Tensor& t, const Tensor& q, const char* name) {
       "); call .contiguous() on it first");
 }
 
+inline void check_documents(const Tensor& ids, const Tensor& q, int64_t batch, int64_t tokens, const char* name, const char* rule) {
+  STD_TORCH_CHECK(
+      ids.dim() == 2 && ids.size(0) == batch && ids.size(1) == tokens, name, " ", shape_of(ids), " must be ", rule, " = (", batch, ", ",
+      tokens, ")");
+  STD_TORCH_CHECK(
+      ids.scalar_type() == ScalarType::Int || ids.scalar_type() == ScalarType::Long, name, " must be int32 or int64, not ",
+      torch::headeronly::toString(ids.scalar_type()));
+  check_contiguous(ids, name);
+  check_same_device(ids, q, name, "q");
+}
+
 // The checks of all entry points.
 inline Shape check_input(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& doc_ids, const std::optional<Tensor>& alibi_slopes,
-    bool causal, int64_t window, double soft_cap) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& doc_ids,
+    const std::optional<Tensor>& query_doc_ids, const std::optional<Tensor>& alibi_slopes, bool causal, int64_t window, double soft_cap) {
   STD_TORCH_CHECK(
       q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(0) == q.size(0) && k.size(3) == q.size(3),
       "attention takes q (B, T, N, H) and k, v (B, S, K, H), not ", shape_of(q), ", ", shape_of(k), ", ", shape_of(v));
@@ -54,20 +70,19 @@ inline Shape check_input(
   STD_TORCH_CHECK(soft_cap >= 0, "soft_cap (", soft_cap, ") must be positive, or 0 for none");
   const bool has_positions = causal || window > 0 || doc_ids.has_value() || alibi_slopes.has_value();
   STD_TORCH_CHECK(
-      !has_positions || shape.num_queries <= shape.num_keys, shape.num_queries, " queries are the last tokens of ", shape.num_keys,
+      !has_positions || query_doc_ids.has_value() || shape.num_queries <= shape.num_keys, shape.num_queries, " queries are the last tokens of ", shape.num_keys,
       " keys: there cannot be more queries than keys");
   check_rows(q, q, "q");
   check_rows(k, q, "k");
   check_rows(v, q, "v");
-  if (doc_ids.has_value()) {
+  if (doc_ids.has_value()) check_documents(*doc_ids, q, shape.batch, shape.num_keys, "doc_ids", "(B, S), one for every key,");
+  if (query_doc_ids.has_value()) {
+    STD_TORCH_CHECK(doc_ids.has_value(), "query_doc_ids come with doc_ids, the documents of the keys");
     STD_TORCH_CHECK(
-        doc_ids->dim() == 2 && doc_ids->size(0) == shape.batch && doc_ids->size(1) == shape.num_keys, "doc_ids ", shape_of(*doc_ids),
-        " must be (B, S) = (", shape.batch, ", ", shape.num_keys, "): the document of every key");
-    STD_TORCH_CHECK(
-        doc_ids->scalar_type() == ScalarType::Int || doc_ids->scalar_type() == ScalarType::Long, "doc_ids must be int32 or int64, not ",
-        torch::headeronly::toString(doc_ids->scalar_type()));
-    check_contiguous(*doc_ids, "doc_ids");
-    check_same_device(*doc_ids, q, "doc_ids", "q");
+        !causal && window == 0 && !alibi_slopes.has_value(),
+        "with query_doc_ids the queries have no place among the keys: causal, window and alibi_slopes mean nothing there");
+    check_documents(*query_doc_ids, q, shape.batch, shape.num_queries, "query_doc_ids", "(B, T), one for every query,");
+    check_same_dtype(*query_doc_ids, *doc_ids, "query_doc_ids", "doc_ids");
   }
   if (alibi_slopes.has_value()) {
     STD_TORCH_CHECK(

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <tuple>
@@ -31,6 +32,7 @@ struct ForwardArgs {
   const S* k;
   const S* v;
   S* out;
+  float* out_fp32;  // written instead of out when not null
   float* lse;
   const float* lo;  // keys that each query sees, from lo to hi - 1; padded to whole blocks of queries with the last query's
   const float* hi;
@@ -51,6 +53,9 @@ struct BackwardArgs : ForwardArgs<S> {
   S* dq;
   S* dk;
   S* dv;
+  float* dq_fp32;  // written instead of dq, dk and dv when not null
+  float* dk_fp32;
+  float* dv_fp32;
   float* dk_parts;  // of every part, when there are several
   float* dv_parts;
   int64_t out_stride[3], dout_stride[3];
@@ -92,6 +97,11 @@ const T* in(const Tensor& t) {
 template <class T>
 T* out(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Zeros are zero bits in every dtype here.
+void fill_zeros(Tensor& t) {
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(t.numel() * t.element_size()));
 }
 
 template <class F>
@@ -140,30 +150,66 @@ struct Ranges {
   int64_t stride = 0;
 };
 
+template <class I>
+void check_order(const I* ids, int64_t row, int64_t count, const char* name) {
+  for (int64_t j = 1; j < count; ++j) {
+    STD_TORCH_CHECK(
+        ids[j] >= ids[j - 1], name, " must not fall along a row: row ", row, " has ", ids[j - 1], " before ", ids[j], " at token ", j);
+  }
+}
+
 // Where the document of each token begins and ends.
 template <class I>
-void find_documents(const I* ids, int64_t row, int64_t num_keys, std::vector<int64_t>& begin, std::vector<int64_t>& end) {
-  for (int64_t j = 0; j < num_keys; ++j) {
-    STD_TORCH_CHECK(
-        j == 0 || ids[j] >= ids[j - 1], "doc_ids must not fall along a row: row ", row, " has ", ids[j - 1 < 0 ? 0 : j - 1], " before ",
-        ids[j], " at token ", j);
-    begin[j] = j > 0 && ids[j] == ids[j - 1] ? begin[j - 1] : j;
-  }
+void find_documents(const I* ids, int64_t num_keys, std::vector<int64_t>& begin, std::vector<int64_t>& end) {
+  for (int64_t j = 0; j < num_keys; ++j) begin[j] = j > 0 && ids[j] == ids[j - 1] ? begin[j - 1] : j;
   for (int64_t j = num_keys - 1; j >= 0; --j) end[j] = j + 1 < num_keys && ids[j] == ids[j + 1] ? end[j + 1] : j + 1;
 }
 
-Ranges find_ranges(const Shape& shape, const std::optional<Tensor>& doc_ids, bool causal, int64_t window) {
+template <class F>
+void with_ids(const Tensor& ids, const F& f) {
+  if (ids.scalar_type() == ScalarType::Int) return f(int32_t{});
+  return f(int64_t{});
+}
+
+// Queries whose documents are their own: each sees the keys of equal id. Where there are none the range is empty, and stands where
+// they would be, so that the ends of ranges still never fall.
+Ranges match_documents(const Shape& shape, const Tensor& doc_ids, const Tensor& query_doc_ids) {
+  const int64_t padded = round_up(shape.num_queries, kBlockQueries);
+  Ranges ranges{std::vector<float>(shape.batch * padded), std::vector<float>(shape.batch * padded), padded};
+  with_ids(doc_ids, [&](auto type) {
+    using I = decltype(type);
+    for (int64_t row = 0; row < shape.batch; ++row) {
+      const I* keys = in<I>(doc_ids) + row * shape.num_keys;
+      const I* queries = in<I>(query_doc_ids) + row * shape.num_queries;
+      check_order(keys, row, shape.num_keys, "doc_ids");
+      check_order(queries, row, shape.num_queries, "query_doc_ids");
+      int64_t lo = 0, hi = 0;
+      for (int64_t i = 0; i < padded; ++i) {
+        const I id = queries[std::min(i, shape.num_queries - 1)];
+        while (lo < shape.num_keys && keys[lo] < id) ++lo;
+        while (hi < shape.num_keys && keys[hi] <= id) ++hi;
+        ranges.lo[row * padded + i] = static_cast<float>(lo);
+        ranges.hi[row * padded + i] = static_cast<float>(hi);
+      }
+    }
+  });
+  return ranges;
+}
+
+Ranges find_ranges(
+    const Shape& shape, const std::optional<Tensor>& doc_ids, const std::optional<Tensor>& query_doc_ids, bool causal, int64_t window) {
+  if (query_doc_ids.has_value()) return match_documents(shape, *doc_ids, *query_doc_ids);
   const int64_t rows = doc_ids.has_value() ? shape.batch : 1;
   const int64_t padded = round_up(shape.num_queries, kBlockQueries);
   Ranges ranges{std::vector<float>(rows * padded), std::vector<float>(rows * padded), doc_ids.has_value() ? padded : 0};
   std::vector<int64_t> begin(doc_ids.has_value() ? shape.num_keys : 0), end(begin.size());
   for (int64_t row = 0; row < rows; ++row) {
     if (doc_ids.has_value()) {
-      if (doc_ids->scalar_type() == ScalarType::Int) {
-        find_documents(in<int32_t>(*doc_ids) + row * shape.num_keys, row, shape.num_keys, begin, end);
-      } else {
-        find_documents(in<int64_t>(*doc_ids) + row * shape.num_keys, row, shape.num_keys, begin, end);
-      }
+      with_ids(*doc_ids, [&](auto type) {
+        const auto* ids = in<decltype(type)>(*doc_ids) + row * shape.num_keys;
+        check_order(ids, row, shape.num_keys, "doc_ids");
+        find_documents(ids, shape.num_keys, begin, end);
+      });
     }
     for (int64_t i = 0; i < padded; ++i) {
       const int64_t position = shape.num_keys - shape.num_queries + std::min(i, shape.num_queries - 1);
@@ -221,23 +267,28 @@ void fill_args(
 bool is_empty(const Shape& shape) { return shape.batch * shape.num_queries * shape.num_keys * shape.heads == 0; }
 
 std::tuple<Tensor, Tensor> attention_cpu(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& doc_ids, const std::optional<Tensor>& alibi_slopes,
-    bool causal, int64_t window, double scale, double soft_cap) {
-  const Shape shape = attention::check_input(q, k, v, doc_ids, alibi_slopes, causal, window, soft_cap);
-  Tensor result = torch::stable::new_empty(q, {shape.batch, shape.num_queries, shape.heads, shape.head_dim});
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& doc_ids, const std::optional<Tensor>& query_doc_ids,
+    const std::optional<Tensor>& alibi_slopes, bool causal, int64_t window, double scale, double soft_cap, bool fp32_out) {
+  const Shape shape = attention::check_input(q, k, v, doc_ids, query_doc_ids, alibi_slopes, causal, window, soft_cap);
+  const auto type = fp32_out ? ScalarType::Float : q.scalar_type();
+  Tensor result = torch::stable::new_empty(q, {shape.batch, shape.num_queries, shape.heads, shape.head_dim}, type);
   Tensor lse = torch::stable::new_empty(q, {shape.batch, shape.heads, shape.num_queries}, ScalarType::Float);
   with_type(q, [&](auto s) {
     using S = decltype(s);
     if (is_empty(shape)) {
       // No query, or queries without any key.
-      std::fill_n(out<S>(result), result.numel(), S{});
+      fill_zeros(result);
       std::fill_n(out<float>(lse), lse.numel(), -__builtin_inff());
       return;
     }
-    const Ranges ranges = find_ranges(shape, doc_ids, causal, window);
+    const Ranges ranges = find_ranges(shape, doc_ids, query_doc_ids, causal, window);
     ForwardArgs<S> args{};
     fill_args(args, q, k, v, alibi_slopes, shape, ranges, scale, soft_cap);
-    args.out = out<S>(result);
+    if (fp32_out) {
+      args.out_fp32 = out<float>(result);
+    } else {
+      args.out = out<S>(result);
+    }
     args.lse = out<float>(lse);
     const int64_t keys = round_up(shape.num_keys, kBlockKeys), dims = round_up(shape.head_dim, 16);
     if (shape.num_queries <= kFewQueries) {
@@ -261,36 +312,41 @@ std::tuple<Tensor, Tensor> attention_cpu(
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& result,
-    const Tensor& lse, const std::optional<Tensor>& doc_ids, const std::optional<Tensor>& alibi_slopes, bool causal, int64_t window,
-    double scale, double soft_cap) {
-  const Shape shape = attention::check_input(q, k, v, doc_ids, alibi_slopes, causal, window, soft_cap);
+    const Tensor& lse, const std::optional<Tensor>& doc_ids, const std::optional<Tensor>& query_doc_ids,
+    const std::optional<Tensor>& alibi_slopes, bool causal, int64_t window, double scale, double soft_cap, bool fp32_out) {
+  const Shape shape = attention::check_input(q, k, v, doc_ids, query_doc_ids, alibi_slopes, causal, window, soft_cap);
   check_same_shape(result, q, "out", "q");
   check_same_shape(dout, q, "dout", "q");
   attention::check_rows(result, q, "out");
   attention::check_rows(dout, q, "dout");
   attention::check_stat(lse, q, shape, "lse");
   if (dlse.has_value()) attention::check_stat(*dlse, q, shape, "dlse");
-  Tensor dq = torch::stable::new_empty(q, {shape.batch, shape.num_queries, shape.heads, shape.head_dim});
-  Tensor dk = torch::stable::new_empty(k, {shape.batch, shape.num_keys, shape.kv_heads, shape.head_dim});
-  Tensor dv = torch::stable::new_empty(v, {shape.batch, shape.num_keys, shape.kv_heads, shape.head_dim});
+  const auto type = fp32_out ? ScalarType::Float : q.scalar_type();
+  Tensor dq = torch::stable::new_empty(q, {shape.batch, shape.num_queries, shape.heads, shape.head_dim}, type);
+  Tensor dk = torch::stable::new_empty(k, {shape.batch, shape.num_keys, shape.kv_heads, shape.head_dim}, type);
+  Tensor dv = torch::stable::new_empty(v, {shape.batch, shape.num_keys, shape.kv_heads, shape.head_dim}, type);
   with_type(q, [&](auto s) {
     using S = decltype(s);
     if (is_empty(shape)) {
-      std::fill_n(out<S>(dq), dq.numel(), S{});
-      std::fill_n(out<S>(dk), dk.numel(), S{});
-      std::fill_n(out<S>(dv), dv.numel(), S{});
+      for (Tensor* grad : {&dq, &dk, &dv}) fill_zeros(*grad);
       return;
     }
-    const Ranges ranges = find_ranges(shape, doc_ids, causal, window);
+    const Ranges ranges = find_ranges(shape, doc_ids, query_doc_ids, causal, window);
     BackwardArgs<S> args{};
     fill_args<S>(args, q, k, v, alibi_slopes, shape, ranges, scale, soft_cap);
     args.dout = in<S>(dout);
     args.dlse = dlse.has_value() ? in<float>(*dlse) : nullptr;
     args.out = in<S>(result);
     args.lse = in<float>(lse);
-    args.dq = out<S>(dq);
-    args.dk = out<S>(dk);
-    args.dv = out<S>(dv);
+    if (fp32_out) {
+      args.dq_fp32 = out<float>(dq);
+      args.dk_fp32 = out<float>(dk);
+      args.dv_fp32 = out<float>(dv);
+    } else {
+      args.dq = out<S>(dq);
+      args.dk = out<S>(dk);
+      args.dv = out<S>(dv);
+    }
     copy_strides(result, args.out_stride);
     copy_strides(dout, args.dout_stride);
     const int64_t tasks = shape.batch * shape.kv_heads * args.parts;

@@ -100,7 +100,7 @@ def _race(ctx: ParallelContext, metrics: MetricsWriter, *, rounds: int, profile:
     with_deepspeed = build_engine(deepspeed_config, ctx, chosen, None)
     autocast = PlainStep(PlainGPT(plain_config.model, weights).to(ctx.device), plain_config.optim, masters=False)
     masters = PlainStep(PlainGPT(plain_config.model, weights).to(ctx.device), plain_config.optim, masters=True)
-    batches = StepBatches(rows, plain_config, ctx.dp, ctx.device)
+    batches = StepBatches(rows, plain_config, ctx)
 
     def through_loop(engine: Engine) -> Callable[[int], float]:
         def step(n: int) -> float:
@@ -113,7 +113,9 @@ def _race(ctx: ParallelContext, metrics: MetricsWriter, *, rounds: int, profile:
 
     def by_hand(peer: PlainStep) -> Callable[[int], float]:
         def step(n: int) -> float:
-            batch = to_device(rows.batch(range(n * ROWS, (n + 1) * ROWS)), ctx.device, document_mask=False)
+            batch = to_device(
+                rows.batch(range(n * ROWS, (n + 1) * ROWS)), ctx.device, document_mask=False, samples=range(n * ROWS, (n + 1) * ROWS)
+            )
             return peer(batch.tokens, batch.targets)
 
         return step
@@ -178,7 +180,7 @@ def _gradient_errors(config: RunConfig, chosen: dict[str, Impl], rows: _RandomRo
     """||g - g64|| / ||g64|| over all parameters at the first step, g64 from the peer's model in float64."""
     model = build_model(config, chosen)
     weights = model.initial_weights(config.seed)
-    batch = to_device(rows.batch(range(ROWS)), device, document_mask=False)
+    batch = to_device(rows.batch(range(ROWS)), device, document_mask=False, samples=range(ROWS))
 
     exact = PlainGPT(config.model, weights).double().to(device)
     F.cross_entropy(exact(batch.tokens).flatten(0, 1), batch.targets.flatten()).backward()  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ VERBS = {
     "data": ("prepare, check and show corpora", "dist_llm.cli.data"),
     "config": ("show, validate and describe configs", "dist_llm.cli.config"),
     "train": ("train the run a config describes, or go on with it", "dist_llm.cli.train"),
+    "verify": ("prove that parallel layouts compute what one process computes", "dist_llm.cli.verify"),
     "generate": ("continue a prompt with a trained run", "dist_llm.cli.generate"),
     "bench": ("race our code against its peers", "dist_llm.cli.bench"),
     "report": ("draw a run as one HTML file", "dist_llm.cli.report"),

@@ -62,6 +62,123 @@ def _batch_is_whole(config: RunConfig) -> str | None:
     return _batch_divides(config, config.parallel.dp or 1, "parallel.dp")
 
 
+def _tp_divides_model(config: RunConfig) -> str | None:
+    """`parallel.tp` divides `model.num_heads` and `model.ffn_dim`, and divides `model.num_kv_heads` or is a multiple of it."""
+    m, tp = config.model, config.parallel.tp
+    if m.num_heads % tp != 0:
+        return f"{tp} must divide model.num_heads ({m.num_heads}): each rank computes whole heads; {_divisors(m.num_heads)} would"
+    if m.kv_heads % tp != 0 and tp % m.kv_heads != 0:
+        fits = [n for n in range(1, m.num_heads + 1) if m.num_heads % n == 0 and (m.kv_heads % n == 0 or n % m.kv_heads == 0)]
+        return f"{tp} must divide model.num_kv_heads ({m.kv_heads}), or be a multiple of it (then heads are copied); {_listed(fits)} would"
+    if m.ffn_size % tp != 0:
+        return f"{tp} must divide the MLP's inner width ({m.ffn_size}); {_divisors(m.ffn_size)} would"
+    if (tp - 1) * -(-m.vocab_size // tp) >= m.vocab_size:
+        return f"{tp} ranks cannot share a vocabulary of {m.vocab_size}: the last would hold none of it; use fewer"
+    return None
+
+
+def _sequence_parallel_divides(config: RunConfig) -> str | None:
+    """With `parallel.sequence_parallel`, `parallel.tp` is at least 2 and divides the tokens of a row that a rank holds."""
+    p, seq_len = config.parallel, config.data.seq_len
+    if not p.sequence_parallel:
+        return None
+    if p.tp == 1:
+        return "true needs parallel.tp of at least 2: it divides the tokens over the tensor-parallel ranks"
+    if seq_len % (p.cp * p.tp) != 0:
+        held = f" / parallel.cp ({p.cp})" if p.cp > 1 else ""
+        return f"needs data.seq_len ({seq_len}){held} divisible by parallel.tp ({p.tp})"
+    return None
+
+
+def _cp_divides_row(config: RunConfig) -> str | None:
+    """`parallel.cp` divides the row: `data.seq_len` by 2 cp for a ring (each rank holds an early and a late part), by cp for all_to_all, where it divides the heads of a rank too."""
+    p, m, seq_len = config.parallel, config.model, config.data.seq_len
+    if p.cp == 1:
+        return None
+    if p.cp_kind == "ring":
+        if seq_len % (2 * p.cp) != 0:
+            return f"{p.cp} ranks in a ring need data.seq_len ({seq_len}) divisible by {2 * p.cp}: each holds an early and a late part of a row"
+        return None
+    if seq_len % p.cp != 0:
+        return f"{p.cp} must divide data.seq_len ({seq_len})"
+    heads = m.num_heads // p.tp
+    if heads % p.cp != 0:
+        return (
+            f"{p.cp} ranks cannot exchange the {heads} heads of a tensor-parallel rank (model.num_heads {m.num_heads} / parallel.tp {p.tp}); "
+            "use parallel.cp_kind ring, or fewer ranks"
+        )
+    return None
+
+
+def _stages_have_layers(config: RunConfig) -> str | None:
+    """Every pipeline stage has a layer: `parallel.pp` times `parallel.chunks` is at most `model.num_layers`."""
+    p, layers = config.parallel, config.model.num_layers
+    if p.pp * p.chunks <= layers:
+        return None
+    chunks = f" x parallel.chunks ({p.chunks})" if p.chunks > 1 else ""
+    return f"{p.pp}{chunks} stages need as many layers, and model.num_layers is {layers}; use fewer stages"
+
+
+def _chunks_fit_alone(config: RunConfig) -> str | None:
+    """`parallel.chunks` is more than 1 only with `parallel.schedule: interleaved`."""
+    p = config.parallel
+    if p.schedule == "interleaved" or p.chunks == 1:
+        return None
+    return f"{p.chunks} has a meaning only with parallel.schedule interleaved; use it, or leave parallel.chunks out"
+
+
+def _interleaved_needs_stages(config: RunConfig) -> str | None:
+    """`parallel.schedule: interleaved` has at least 2 pipeline ranks and 2 chunks on each."""
+    p = config.parallel
+    if p.schedule != "interleaved" or (p.pp > 1 and p.chunks > 1):
+        return None
+    return f"interleaved needs parallel.pp ({p.pp}) and parallel.chunks ({p.chunks}) of at least 2; raise them, or use 1f1b"
+
+
+def _zero_fits_pipeline(config: RunConfig) -> str | None:
+    """With `parallel.pp` of 2 or more, `parallel.zero` is 0 or 1."""
+    p = config.parallel
+    if p.pp == 1 or p.zero < 2:
+        return None
+    reason = (
+        "would reduce gradients after every micro-batch of the pipeline instead of once a step"
+        if p.zero == 2
+        else "would gather the parameters of a stage anew for every micro-batch, in an order that changes with the schedule"
+    )
+    return f"{p.zero} {reason}; with parallel.pp {p.pp} use parallel.zero 1, or zero {p.zero} without a pipeline (parallel.tp and parallel.cp go with it)"
+
+
+def _offload_fits_zero(config: RunConfig) -> str | None:
+    """Offload needs ZeRO: the optimiser's stage 1 or more (3 for nvme), the parameters' stage 3; nvme needs `parallel.offload_path`."""
+    p = config.parallel
+    if p.offload_parameters != "none" and p.zero < 3:
+        return f"{p.zero} keeps parameters whole on each rank; parallel.offload_parameters {p.offload_parameters} needs parallel.zero 3"
+    if p.offload_optimizer != "none" and p.zero < 1:
+        return f"{p.zero} divides no optimiser state; parallel.offload_optimizer {p.offload_optimizer} needs parallel.zero 1 or more"
+    if p.offload_optimizer == "nvme" and p.zero < 3:
+        return f"{p.zero} cannot keep optimiser state on NVMe: DeepSpeed does that in stage 3 only; use parallel.zero 3, or offload to cpu"
+    if "nvme" in (p.offload_optimizer, p.offload_parameters) and p.offload_path is None:
+        return f"{p.zero} with nvme needs parallel.offload_path, a directory on a local disk"
+    return None
+
+
+def _recompute_layers_fit(config: RunConfig) -> str | None:
+    """`parallel.recompute_layers` is given only with `parallel.recompute`."""
+    p = config.parallel
+    if p.recompute_layers is None or p.recompute != "none":
+        return None
+    return f"{p.recompute_layers} has no meaning with parallel.recompute none; use selective or full, or leave it out"
+
+
+def _divisors(number: int) -> str:
+    return _listed([n for n in range(1, number + 1) if number % n == 0])
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = [str(n) for n in numbers[:8]] + (["..."] if len(numbers) > 8 else [])
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+
+
 def _warmup_fits(config: RunConfig) -> str | None:
     """`optim.warmup_steps` is at most `train.steps`."""
     if config.optim.warmup_steps <= config.train.steps:
@@ -97,10 +214,11 @@ def _plain_has_no_zero(config: RunConfig) -> str | None:
 
 def _plain_is_one_rank(config: RunConfig) -> str | None:
     """`train.engine: plain` runs on one rank."""
-    dp = config.parallel.dp
-    if config.train.engine != "plain" or dp is None or dp == 1:
+    p = config.parallel
+    ranks = (p.dp or 1) * p.tp * p.cp * p.pp
+    if config.train.engine != "plain" or ranks == 1:
         return None
-    return f"{dp} ranks cannot be had with train.engine plain, which runs on one; use train.engine deepspeed or auto"
+    return f"plain runs on one rank, and parallel asks for {ranks} (dp x tp x cp x pp); use train.engine deepspeed or auto"
 
 
 RULES = (
@@ -113,7 +231,16 @@ RULES = (
     Rule(("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"), _decay_fits),
     Rule(("optim.decay_steps", "optim.schedule"), _decay_needs_wsd),
     Rule(("parallel.zero", "train.engine"), _plain_has_no_zero),
-    Rule(("parallel.dp", "train.engine"), _plain_is_one_rank),
+    Rule(("train.engine", "parallel.dp", "parallel.tp", "parallel.cp", "parallel.pp"), _plain_is_one_rank),
+    Rule(("parallel.tp", "model.num_heads", "model.num_kv_heads", "model.ffn_dim", "model.vocab_size", "model.d_model"), _tp_divides_model),
+    Rule(("parallel.sequence_parallel", "parallel.tp", "parallel.cp", "data.seq_len"), _sequence_parallel_divides),
+    Rule(("parallel.cp", "parallel.cp_kind", "parallel.tp", "data.seq_len", "model.num_heads"), _cp_divides_row),
+    Rule(("parallel.pp", "parallel.chunks", "model.num_layers"), _stages_have_layers),
+    Rule(("parallel.chunks", "parallel.schedule"), _chunks_fit_alone),
+    Rule(("parallel.schedule", "parallel.pp", "parallel.chunks"), _interleaved_needs_stages),
+    Rule(("parallel.zero", "parallel.pp"), _zero_fits_pipeline),
+    Rule(("parallel.zero", "parallel.offload_optimizer", "parallel.offload_parameters", "parallel.offload_path"), _offload_fits_zero),
+    Rule(("parallel.recompute_layers", "parallel.recompute"), _recompute_layers_fit),
 )
 
 
@@ -127,7 +254,7 @@ def broken_rules(config: RunConfig, bad: Collection[str] = ()) -> list[tuple[Rul
 
 
 # What problems_for_ranks reads.
-RANK_KEYS = ("parallel.dp", "train.engine", "train.batch_size", "train.micro_batch_size")
+RANK_KEYS = ("parallel.dp", "parallel.tp", "parallel.cp", "parallel.pp", "train.engine", "train.batch_size", "train.micro_batch_size")
 
 
 def problems_for_ranks(config: RunConfig, world_size: int) -> list[Problem]:
@@ -138,15 +265,26 @@ def problems_for_ranks(config: RunConfig, world_size: int) -> list[Problem]:
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, not {world_size}")
     problems = []
-    dp = config.parallel.dp
-    if dp is not None and dp != world_size:
-        message = f"{dp} must equal the number of ranks started ({world_size}); start {dp}, or leave parallel.dp out to use all"
+    p = config.parallel
+    model = p.tp * p.cp * p.pp
+    if world_size % model != 0:
+        factors = " x ".join(f"{axis} {size}" for axis, size in (("tp", p.tp), ("cp", p.cp), ("pp", p.pp)) if size > 1)
+        message = f"one copy of the model takes {factors} = {model} ranks, and {world_size} were started; start a multiple of {model}"
+        axis = next(axis for axis in ("tp", "cp", "pp") if getattr(p, axis) > 1)
+        return [Problem("", None, f"parallel.{axis}", message)]
+    dp = world_size // model
+    if p.dp is not None and p.dp != dp:
+        started = f"the number of ranks started ({world_size})" + (f" / {model} of one model copy = {dp}" if model > 1 else "")
+        message = f"{p.dp} must equal {started}; start {p.dp * model}, or leave parallel.dp out to use all"
         problems.append(Problem("", None, "parallel.dp", message))
     if config.train.engine == "plain" and world_size > 1:
         message = f"plain runs on one rank, and {world_size} were started; use train.engine deepspeed or auto, or start one"
         problems.append(Problem("", None, "train.engine", message))
-    if indivisible := _batch_divides(config, world_size, "ranks"):
+    if indivisible := _batch_divides(config, dp, "ranks" if model == 1 else "data-parallel ranks"):
         problems.append(Problem("", None, "train.batch_size", indivisible))
+    elif p.schedule == "interleaved" and (micros := config.train.batch_size // (config.train.micro_batch_size * dp)) % p.pp != 0:
+        message = f"interleaved needs a multiple of parallel.pp ({p.pp}) micro-batches, and a step has {micros}; change train.batch_size, or use 1f1b"
+        problems.append(Problem("", None, "parallel.schedule", message))
     return problems
 
 

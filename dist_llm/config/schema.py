@@ -57,6 +57,12 @@ class ModelConfig(Section):
     activation: Literal["swiglu", "gelu"] = Field("swiglu", description="MLP non-linearity; swiglu has a gate matrix.")
     bias: bool = Field(False, description="Biases on the linear layers and in layer_norm.")
     tie_embeddings: bool = Field(True, description="Use the embedding matrix as the output head.")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the embedding's and each sub-layer's outputs set to zero in training; which, depends on sample and token only.",
+    )
     init_std: float = Field(
         0.02,
         gt=0,
@@ -131,17 +137,38 @@ class OptimConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the run is divided over ranks."""
+    """How the run is divided over ranks: tp x cp x dp x pp of them. docs/parallelism.md has pictures."""
 
+    tp: int = Field(1, ge=1, description="Tensor parallel ranks, which share the matrices of each layer.")
+    sequence_parallel: bool = Field(
+        False,
+        description="With tp: norms and the residual stream are divided over the same ranks, by tokens. Same bytes on the wire, less memory.",
+    )
+    cp: int = Field(1, ge=1, description="Context parallel ranks, which share the tokens of each row.")
+    cp_kind: Literal["ring", "all_to_all"] = Field(
+        "ring",
+        description="How attention sees the other ranks' tokens: keys and values travel round a ring, or heads are exchanged for tokens.",
+    )
+    pp: int = Field(1, ge=1, description="Pipeline stages, which share the layers.")
+    schedule: Literal["1f1b", "interleaved"] = Field(
+        "1f1b", description="Order of forward and backward micro-batches on a stage; interleaved gives each rank several short stages."
+    )
+    chunks: int = Field(1, ge=1, description="interleaved: stages a rank holds.")
     dp: int | None = Field(
-        None, ge=1, description="Data-parallel ranks; default all the launcher started, and a different number is refused."
+        None,
+        ge=1,
+        description="Data parallel ranks; default what tp, cp and pp leave of the ranks started, and a different number is refused.",
     )
     zero: Literal[0, 1, 2, 3] = Field(
-        1, description="DeepSpeed ZeRO stage: what is divided over dp (1 optimiser, 2 gradients, 3 parameters)."
+        1, description="DeepSpeed ZeRO stage: what is divided over dp x cp (1 optimiser, 2 gradients, 3 parameters)."
     )
-    recompute: Literal["none", "full"] = Field(
-        "none", description="full: keep only block inputs and compute activations again in backward."
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="Where ZeRO keeps its part of masters and moments.")
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field("none", description="Where ZeRO-3 keeps its part of the parameters.")
+    offload_path: str | None = Field(None, description="Directory on a local NVMe disk, for nvme.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="selective: compute attention again in backward; full: keep only block inputs and compute whole blocks again."
     )
+    recompute_layers: int | None = Field(None, ge=1, description="Blocks of each stage that are recomputed, from its first; default all.")
 
 
 class EvalConfig(Section):

@@ -12,11 +12,11 @@ from dist_llm.engine.base import Engine, LossModule, TrainState
 from dist_llm.engine.plain import PlainEngine
 from dist_llm.kernels.impl import Impl
 from dist_llm.kernels.table import choices
-from dist_llm.models.block import Ops
 from dist_llm.models.decoder import Decoder
+from dist_llm.parallel.divide import Parts, build_parts
 from dist_llm.utils.errors import ConfigError, LaunchError
 
-__all__ = ["build_engine", "build_model", "choose_ops", "compute_dtype", "ops_of", "uses_deepspeed"]
+__all__ = ["build_engine", "build_model", "choose_ops", "compute_dtype", "uses_deepspeed"]
 
 
 def uses_deepspeed(config: RunConfig, world_size: int) -> bool:
@@ -43,7 +43,13 @@ def choose_ops(config: RunConfig, ctx: ParallelContext) -> dict[str, Impl]:
     Raises:
         LaunchError: ranks can run different ones, which would make them compute different numbers.
     """
-    chosen = choices(ctx.device, compute_dtype(config), config.kernels.model_dump())
+    rings = ctx.cp.size > 1 and config.parallel.cp_kind == "ring"
+    chosen = choices(
+        ctx.device,
+        compute_dtype(config),
+        config.kernels.model_dump(),
+        layout_functions=("attention_block", "attention_block_backward") if rings else (),
+    )
     mine = {op: impl.name for op, impl in chosen.items()}
     for rank, theirs in enumerate(gather_json(mine, ctx.world, ctx.device)):
         if theirs != mine:
@@ -54,31 +60,42 @@ def choose_ops(config: RunConfig, ctx: ParallelContext) -> dict[str, Impl]:
     return chosen
 
 
-def ops_of(chosen: dict[str, Impl]) -> Ops:
-    """The functions of the chosen implementations."""
-    return Ops(rms_norm=chosen["rms_norm"].fn, attention=chosen["attention"].fn, cross_entropy=chosen["cross_entropy"].fn)
-
-
 def build_model(config: RunConfig, chosen: dict[str, Impl]) -> Decoder:
-    """The model with empty parameters, on CPU."""
-    return Decoder(config.model, ops_of(chosen), compute_dtype=compute_dtype(config), recompute=config.parallel.recompute == "full")
+    """The whole model with empty parameters, on CPU."""
+    return build_parts(_undivided(config), _ALONE, chosen, compute_dtype=compute_dtype(config)).models[0]
 
 
 def build_engine(config: RunConfig, ctx: ParallelContext, chosen: dict[str, Impl], checkpoint: Checkpoint | None) -> Engine:
     """The engine of this run with its state in place."""
-    model = build_model(config, chosen)
-    if checkpoint is None:
-        state = TrainState(weights=model.initial_weights(config.seed))
-    else:
-        state = TrainState(
-            weights=dict(checkpoint.tensors("weights")),
-            exp_avg=dict(checkpoint.tensors("exp_avg")),
-            exp_avg_sq=dict(checkpoint.tensors("exp_avg_sq")),
-            steps_taken=checkpoint.manifest.step,
-        )
-    loss_module = LossModule(model.to(ctx.device), ops_of(chosen).cross_entropy)
-    if uses_deepspeed(config, ctx.world.size):
+    deepspeed = uses_deepspeed(config, ctx.world.size)
+    parts = build_parts(config if deepspeed else _undivided(config), ctx, chosen, compute_dtype=compute_dtype(config))
+    state = _initial_state(parts, config.seed) if checkpoint is None else _state_of(parts, checkpoint)
+    modules = [LossModule(model.to(ctx.device), parts.cross_entropy) for model in parts.models]
+    if deepspeed:
         from dist_llm.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(loss_module, config, state, ctx)
-    return PlainEngine(loss_module, config.optim, state)
+        return DeepSpeedEngine(modules, config, state, ctx)
+    return PlainEngine(modules[0], config.optim, state)
+
+
+_ALONE = ParallelContext(device=torch.device("cpu"))
+
+
+def _undivided(config: RunConfig) -> RunConfig:
+    kept = config.parallel.model_copy(update={"tp": 1, "cp": 1, "pp": 1, "chunks": 1, "sequence_parallel": False})
+    return config.model_copy(update={"parallel": kept})
+
+
+def _initial_state(parts: Parts, seed: int) -> TrainState:
+    return TrainState(weights={name: weight for model in parts.models for name, weight in model.initial_weights(seed).items()})
+
+
+def _state_of(parts: Parts, checkpoint: Checkpoint) -> TrainState:
+    """This rank's part of a checkpoint, one whole tensor in memory at a time."""
+    owners = {name: model for model in parts.models for name, _ in model.named_parameters()}
+
+    def own(section: str) -> dict[str, torch.Tensor]:
+        # A copy where it is a part: a view would keep the whole tensor.
+        return {name: owners[name].own_part(name, whole).clone() for name, whole in checkpoint.tensors(section) if name in owners}
+
+    return TrainState(weights=own("weights"), exp_avg=own("exp_avg"), exp_avg_sq=own("exp_avg_sq"), steps_taken=checkpoint.manifest.step)

@@ -10,8 +10,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dist_llm.comm.context import Group, ParallelContext
+from dist_llm.comm.build import build_context
+from dist_llm.comm.context import ParallelContext
 from dist_llm.engine.ranks import Launch
+from dist_llm.topology.grid import RankGrid
 from dist_llm.utils.errors import LaunchError
 
 __all__ = ["close_context", "open_context", "tune_allocator"]
@@ -21,13 +23,22 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def open_context(launch: Launch, *, needs_process_group: bool, threads: int | None = None) -> ParallelContext:
+def open_context(
+    launch: Launch,
+    *,
+    needs_process_group: bool,
+    threads: int | None = None,
+    grid: RankGrid | None = None,
+    kv_heads: int | None = None,
+) -> ParallelContext:
     """Take the device, set the threads, meet the other ranks.
 
     Args:
         launch: from ``read_launch``.
         needs_process_group: make one even for a single rank (DeepSpeed wants it).
         threads: CPU threads of this rank; default its share of the cores.
+        grid: how the ranks are divided over axes; default all of them data parallel.
+        kv_heads: key-value heads of the model, see ``build_context``.
 
     Raises:
         LaunchError: the ranks did not meet.
@@ -62,8 +73,14 @@ def open_context(launch: Launch, *, needs_process_group: bool, threads: int | No
                 f"({str(error).splitlines()[0]}); check that all ranks started, that the name resolves and that the port is free"
             ) from error
         dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
-    world = Group(rank=launch.rank, size=launch.world_size, handle=dist.group.WORLD)
-    return ParallelContext(device=device, world=world, dp=world, local_rank=launch.local_rank, local_size=launch.local_size)
+    return build_context(
+        grid if grid is not None else RankGrid({"tp": 1, "cp": 1, "dp": launch.world_size, "pp": 1}),
+        launch.rank,
+        device,
+        kv_heads=kv_heads,
+        local_rank=launch.local_rank,
+        local_size=launch.local_size,
+    )
 
 
 def close_context() -> None:

@@ -71,7 +71,7 @@ class Loop:
         self._config = config
         self._ctx = ctx
         self._engine = engine
-        self._batches = StepBatches(train_rows, config, ctx.dp, ctx.device)
+        self._batches = StepBatches(train_rows, config, ctx)
         self._corpus = corpus_hash(train_rows.index)
         self._tokens_per_byte = train_rows.num_eval_targets / train_rows.text_bytes
         self._eval_rows = eval_rows

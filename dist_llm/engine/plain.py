@@ -53,7 +53,11 @@ class PlainEngine:
     @torch.no_grad()
     def eval_nll(self, batch: DeviceBatch) -> torch.Tensor:
         """See ``Engine.eval_nll``."""
-        return self.loss_module(batch)
+        was_training = self.loss_module.training
+        self.loss_module.eval()
+        nll = self.loss_module(batch)
+        self.loss_module.train(was_training)
+        return nll
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """See ``Engine.state``."""

@@ -65,7 +65,8 @@ def train_step(
         return Stopped(ExitCode.INTERRUPTED if interrupted else ExitCode.REQUEUE)
     num_tokens = int(total)
     nll, grad_norm = engine.train_step(micro_batches, num_tokens=max(1, num_tokens), lr=lr)
-    (nll_sum,) = all_reduce_sum([float(nll)], ctx.world, ctx.device)
+    # Of ranks that computed the same tokens, one counts them.
+    (nll_sum,) = all_reduce_sum([float(nll) if ctx.counts_loss else 0.0], ctx.world, ctx.device)
     return StepResult(
         loss=nll_sum / max(1, num_tokens),
         grad_norm=grad_norm,

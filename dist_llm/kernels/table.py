@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 
 import torch
@@ -11,7 +11,7 @@ from dist_llm.kernels import attention, cross_entropy, rms_norm
 from dist_llm.kernels.impl import Impl, select
 from dist_llm.utils.errors import ConfigError
 
-__all__ = ["TABLES", "choices"]
+__all__ = ["LAYOUT_TABLES", "TABLES", "choices"]
 
 # A function that layers can ask for -> its implementations, best first. Functions of one folder share its config key.
 TABLES: dict[str, tuple[Impl, ...]] = {
@@ -24,8 +24,17 @@ TABLES: dict[str, tuple[Impl, ...]] = {
     "rms_norm_residual": rms_norm.RESIDUAL_IMPLS,
 }
 
+# Functions that only some layouts call (ring attention: attention over a part of the keys, and its gradients), chosen only for those:
+# an implementation that a config names may do without them.
+LAYOUT_TABLES: dict[str, tuple[Impl, ...]] = {
+    "attention_block": attention.BLOCK_IMPLS,
+    "attention_block_backward": attention.BLOCK_BACKWARD_IMPLS,
+}
 
-def choices(device: torch.device, dtype: torch.dtype, requested: Mapping[str, str]) -> dict[str, Impl]:
+
+def choices(
+    device: torch.device, dtype: torch.dtype, requested: Mapping[str, str], *, layout_functions: Collection[str] = ()
+) -> dict[str, Impl]:
     """The implementation of every function for one run.
 
     The engine logs the names, and compares them between ranks: two ranks that compute an op differently are not one run.
@@ -34,6 +43,7 @@ def choices(device: torch.device, dtype: torch.dtype, requested: Mapping[str, st
         device: where the run computes.
         dtype: of its activations.
         requested: op -> ``auto`` or a name, as in the ``kernels`` section of a config; an op left out is ``auto``.
+        layout_functions: keys of ``LAYOUT_TABLES`` that this run's layout calls.
 
     Raises:
         ConfigError: an op or a name is unknown, or a named implementation cannot run here.
@@ -44,4 +54,5 @@ def choices(device: torch.device, dtype: torch.dtype, requested: Mapping[str, st
             near = get_close_matches(op, ops, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"the ops are {', '.join(ops)}"
             raise ConfigError(f"kernels.{op}: there is no such op; {hint}")
-    return {function: select(table, requested.get(table[0].op, "auto"), device, dtype) for function, table in TABLES.items()}
+    tables = {**TABLES, **{function: LAYOUT_TABLES[function] for function in layout_functions}}
+    return {function: select(table, requested.get(table[0].op, "auto"), device, dtype) for function, table in tables.items()}

@@ -1,6 +1,8 @@
 """Self-attention: projections, rotary positions, key-value cache, and whichever attention op it is given.
 
-B batch, T new tokens, S tokens seen, N query heads, K key and value heads, H head dim, D model dim.
+Divided over tensor-parallel ranks by heads. With fewer key-value heads than ranks, neighbours hold copies of one.
+
+B batch, T new tokens, S tokens seen, N query heads, K key and value heads (both of this rank), H head dim, D model dim.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from dist_llm.layers.linear import Linear
+from dist_llm.layers.linear import Linear, RowParallelLinear
+from dist_llm.layers.region import WHOLE, TensorRegion
 from dist_llm.layers.rotary import apply_rotary
 
 __all__ = ["AttentionFn", "KeyValueCache", "SelfAttention"]
@@ -48,13 +52,28 @@ class KeyValueCache:
 class SelfAttention(nn.Module):
     """Causal self-attention with num_kv_heads <= num_heads (multi-head, grouped-query, multi-query)."""
 
-    def __init__(self, dim: int, *, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool, fn: AttentionFn) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        fn: AttentionFn,
+        region: TensorRegion = WHOLE,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.query = Linear(dim, num_heads * head_dim, bias=bias)
-        self.key = Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.value = Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.output = Linear(num_heads * head_dim, dim, bias=bias)
+        self.region = region
+        self.recompute = recompute
+        tp = region.tp.size
+        kv_dim = max(1, num_kv_heads // tp) * head_dim
+        self.query = Linear(dim, num_heads // tp * head_dim, bias=bias)
+        self.key = Linear(dim, kv_dim, bias=bias, copies=region.kv)
+        self.value = Linear(dim, kv_dim, bias=bias, copies=region.kv)
+        self.output = RowParallelLinear(num_heads // tp * head_dim, dim, bias=bias, region=region)
         self.fn = fn
 
     def forward(
@@ -68,21 +87,39 @@ class SelfAttention(nn.Module):
         """Attend.
 
         Args:
-            x_BTD: (B, T, D).
+            x_BTD: (B, T or, under sequence parallelism, T/tp, D).
             rotary: cosine and sine of the T positions, or None with learned positions.
             doc_ids: (B, T) int32; attention stays inside equal ids. None: one text a row.
             cache: keys and values of earlier tokens; grows by T.
 
         Returns:
-            (B, T, D).
+            the shape of x_BTD.
         """
+        x_BTD = self.region.enter(x_BTD)
         q_BTNH = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKH = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKH = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if self.recompute and cache is None and torch.is_grad_enabled():
+            # Of everything between the projections only q, k and v are kept (arXiv:2205.05198, section 5).
+            out_BTNH = checkpoint(
+                self._attend, q_BTNH, k_BTKH, v_BTKH, rotary, doc_ids, None, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, rotary, doc_ids, cache)
+        return self.output(out_BTNH.flatten(-2))
+
+    def _attend(
+        self,
+        q_BTNH: torch.Tensor,
+        k_BTKH: torch.Tensor,
+        v_BTKH: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        doc_ids: torch.Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> torch.Tensor:
         if rotary is not None:
             q_BTNH = apply_rotary(q_BTNH, *rotary)
             k_BTKH = apply_rotary(k_BTKH, *rotary)
         if cache is not None:
             k_BTKH, v_BTKH = cache.append(k_BTKH, v_BTKH)
-        out_BTNH = self.fn(q_BTNH, k_BTKH, v_BTKH, causal=True, doc_ids=doc_ids, scale=self.head_dim**-0.5)
-        return self.output(out_BTNH.flatten(-2))
+        return self.fn(q_BTNH, k_BTKH, v_BTKH, causal=True, doc_ids=doc_ids, scale=self.head_dim**-0.5)

@@ -1,4 +1,7 @@
-"""Position-wise MLP: gelu, or swiglu with a gate (Shazeer, arXiv:2002.05202)."""
+"""Position-wise MLP: gelu, or swiglu with a gate (Shazeer, arXiv:2002.05202).
+
+Divided over tensor-parallel ranks by hidden features: each rank computes its part of them, and ``down`` sums.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dist_llm.layers.linear import Linear
+from dist_llm.layers.linear import Linear, RowParallelLinear
+from dist_llm.layers.region import WHOLE, TensorRegion
 
 __all__ = ["GeluMLP", "SwigluMLP"]
 
@@ -14,25 +18,31 @@ __all__ = ["GeluMLP", "SwigluMLP"]
 class GeluMLP(nn.Module):
     """down(gelu(up(x))); the tanh form of gelu, as GPT-2 has it."""
 
-    def __init__(self, dim: int, hidden: int, *, bias: bool) -> None:
+    def __init__(self, dim: int, hidden: int, *, bias: bool, region: TensorRegion = WHOLE) -> None:
         super().__init__()
+        self.region = region
+        hidden //= region.tp.size
         self.up = Linear(dim, hidden, bias=bias)
-        self.down = Linear(hidden, dim, bias=bias)
+        self.down = RowParallelLinear(hidden, dim, bias=bias, region=region)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., dim) -> (..., dim)."""
+        """x: (B, T, dim) of the residual stream -> the same shape."""
+        x = self.region.enter(x)
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, dim: int, hidden: int, *, bias: bool) -> None:
+    def __init__(self, dim: int, hidden: int, *, bias: bool, region: TensorRegion = WHOLE) -> None:
         super().__init__()
+        self.region = region
+        hidden //= region.tp.size
         self.gate = Linear(dim, hidden, bias=bias)
         self.up = Linear(dim, hidden, bias=bias)
-        self.down = Linear(hidden, dim, bias=bias)
+        self.down = RowParallelLinear(hidden, dim, bias=bias, region=region)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., dim) -> (..., dim)."""
+        """x: (B, T, dim) of the residual stream -> the same shape."""
+        x = self.region.enter(x)
         return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -9,11 +9,14 @@ from torch import nn
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.kernels.cross_entropy.reference import CrossEntropyFn, cross_entropy_reference
+from dist_llm.kernels.dropout.reference import dropout_reference
 from dist_llm.layers.attention import AttentionFn, KeyValueCache, SelfAttention
+from dist_llm.layers.dropout import Dropout
 from dist_llm.layers.mlp import GeluMLP, SwigluMLP
 from dist_llm.layers.norm import LayerNorm, RMSNorm, RMSNormFn
+from dist_llm.layers.region import WHOLE, TensorRegion
 
-__all__ = ["Block", "Ops", "build_norm"]
+__all__ = ["Block", "Ops", "Places", "build_norm"]
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,59 @@ class Ops:
     cross_entropy: CrossEntropyFn = cross_entropy_reference
 
 
-def build_norm(config: ModelConfig, ops: Ops) -> nn.Module:
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a micro-batch stand: the same for all blocks.
+
+    Attributes:
+        rotary: cosine and sine of each position, or None with learned positions.
+        doc_ids: (B, T) int32, or None when a row is one text.
+        samples: (B,) int64, global sample numbers; dropout is a function of them.
+        columns: (T of the residual stream,) int64, index of each token in its row.
+    """
+
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    doc_ids: torch.Tensor | None
+    samples: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+
+def build_norm(config: ModelConfig, ops: Ops, region: TensorRegion = WHOLE) -> nn.Module:
     """The normalisation the config names."""
     if config.norm == "rms_norm":
-        return RMSNorm(config.d_model, eps=config.norm_eps, fn=ops.rms_norm)
-    return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+        return RMSNorm(config.d_model, eps=config.norm_eps, fn=ops.rms_norm, region=region)
+    return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias, region=region)
+
+
+def build_dropout(config: ModelConfig, seed: int, name: str) -> Dropout:
+    """Dropout of the residual stream's summand ``name``."""
+    return Dropout(config.dropout, seed=seed, name=name, fn=dropout_reference)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block number ``number``.
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    Args:
+        config: shape.
+        ops: implementations of fused ops.
+        number: of the block in the whole model, which its dropout depends on.
+        seed: of dropout.
+        region: tensor-parallel ranks.
+        recompute_attention: keep only the inputs of attention for backward.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        *,
+        number: int = 0,
+        seed: int = 0,
+        region: TensorRegion = WHOLE,
+        recompute_attention: bool = False,
+    ) -> None:
         super().__init__()
-        self.attention_norm = build_norm(config, ops)
+        self.attention_norm = build_norm(config, ops, region)
         self.attention = SelfAttention(
             config.d_model,
             num_heads=config.num_heads,
@@ -45,18 +88,17 @@ class Block(nn.Module):
             head_dim=config.head_size,
             bias=config.bias,
             fn=ops.attention,
+            region=region,
+            recompute=recompute_attention,
         )
-        self.mlp_norm = build_norm(config, ops)
+        self.attention_dropout = build_dropout(config, seed, f"blocks.{number}.attention")
+        self.mlp_norm = build_norm(config, ops, region)
         mlp = SwigluMLP if config.activation == "swiglu" else GeluMLP
-        self.mlp = mlp(config.d_model, config.ffn_size, bias=config.bias)
+        self.mlp = mlp(config.d_model, config.ffn_size, bias=config.bias, region=region)
+        self.mlp_dropout = build_dropout(config, seed, f"blocks.{number}.mlp")
 
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        doc_ids: torch.Tensor | None,
-        cache: KeyValueCache | None = None,
-    ) -> torch.Tensor:
-        """x_BTD: (B, T, D) -> (B, T, D)."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary=rotary, doc_ids=doc_ids, cache=cache)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def forward(self, x_BTD: torch.Tensor, places: Places, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """x_BTD: (B, T or, under sequence parallelism, T/tp, D) -> the same shape."""
+        out_BTD = self.attention(self.attention_norm(x_BTD), rotary=places.rotary, doc_ids=places.doc_ids, cache=cache)
+        x_BTD = x_BTD + self.attention_dropout(out_BTD, places.samples, places.columns)
+        return x_BTD + self.mlp_dropout(self.mlp(self.mlp_norm(x_BTD)), places.samples, places.columns)

@@ -1,4 +1,4 @@
-"""Pre-norm decoder: tokens in, hidden states out.
+"""Pre-norm decoder, or one pipeline stage of it: tokens or hidden states in, hidden states out.
 
 The output head is a weight, not a layer, so that the objective decides how logits are made (or whether, with fused linear and
 cross-entropy, they are made at all).
@@ -9,6 +9,8 @@ B batch, T tokens, D model dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,35 +18,98 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.layers.attention import KeyValueCache
-from dist_llm.layers.linear import Embedding
+from dist_llm.layers.embedding import Embedding, VocabParallelEmbedding
+from dist_llm.layers.region import WHOLE, TensorRegion
 from dist_llm.layers.rotary import rotary_table
-from dist_llm.models.block import Block, Ops, build_norm
+from dist_llm.models.block import Block, Ops, Places, build_dropout, build_norm
 from dist_llm.models.init import initial_tensor, std_of
+from dist_llm.planning.count import parameter_shapes
+from dist_llm.planning.shards import tensor_slice
 
-__all__ = ["Decoder", "new_cache"]
+__all__ = ["Decoder", "Recompute", "new_cache"]
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What is computed again in backward, and in how many blocks of a stage, counted from its first."""
+
+    what: Literal["none", "selective", "full"] = "none"
+    layers: int | None = None
+
+    def applies(self, what: str, index: int) -> bool:
+        """Whether block ``index`` of the stage recomputes ``what``."""
+        return self.what == what and (self.layers is None or index < self.layers)
 
 
 class Decoder(nn.Module):
-    """Decoder-only transformer described by a ``ModelConfig``.
+    """Decoder-only transformer described by a ``ModelConfig``, or the part of it that one rank holds.
 
     Parameters are created empty: ``initial_weights`` or a checkpoint fills them by logical name.
+
+    Args:
+        config: shape of the whole model.
+        ops: implementations of fused ops.
+        compute_dtype: of activations.
+        recompute: what is computed again in backward.
+        region: tensor-parallel ranks.
+        layers: numbers of the blocks of this stage; default all. The stage with block 0 has the embedding, the one with the last
+            block the final norm and the head.
+        seed: of dropout.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops, *, compute_dtype: torch.dtype, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        *,
+        compute_dtype: torch.dtype,
+        recompute: Recompute = Recompute(),
+        region: TensorRegion = WHOLE,
+        layers: range | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
         self.recompute = recompute
-        self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.positions = Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.num_layers))
-        self.final_norm = build_norm(config, ops)
-        self.head = None if config.tie_embeddings else Embedding(config.vocab_size, config.d_model)
+        self.region = region
+        self.layers = layers if layers is not None else range(config.num_layers)
+        self.is_first = self.layers.start == 0
+        self.is_last = self.layers.stop == config.num_layers
+        if self.is_first:
+            self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, region=region)
+            self.positions = Embedding(config.max_seq_len, config.d_model, region=region) if config.position == "learned" else None
+            self.embedding_dropout = build_dropout(config, seed, "embedding")
+        # Under their numbers in the whole model, so that names are the same in every layout.
+        self.blocks = nn.ModuleDict(
+            {
+                str(number): Block(
+                    config, ops, number=number, seed=seed, region=region, recompute_attention=recompute.applies("selective", i)
+                )
+                for i, number in enumerate(self.layers)
+            }
+        )
+        if self.is_last:
+            self.final_norm = build_norm(config, ops, region)
+            self.head = None if config.tie_embeddings else VocabParallelEmbedding(config.vocab_size, config.d_model, region=region)
+        # The last stage of a pipeline borrows a tied head from the first, see parallel/tied_head.py.
+        self.borrowed_head: torch.Tensor | None = None
+
+    @property
+    def borrows_head(self) -> bool:
+        """True for a last stage whose tied embedding is another stage's."""
+        return self.is_last and not self.is_first and self.config.tie_embeddings
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(V, D) output matrix: the embedding itself when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        """(rows of this rank, D) output matrix: the embedding itself when tied."""
+        assert self.is_last, "only the last stage has a head"
+        if self.head is not None:
+            return self.head.weight
+        if self.borrows_head:
+            assert self.borrowed_head is not None, "the tied head has not arrived from the first stage"
+            return self.borrowed_head
+        return self.embedding.weight
 
     def forward(
         self,
@@ -52,43 +117,63 @@ class Decoder(nn.Module):
         positions: torch.Tensor,
         doc_ids: torch.Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
+        *,
+        samples: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states after the final norm.
+        """Hidden states, after the final norm on the last stage.
 
         Args:
             tokens: (B, T) int64.
             positions: (B, T) int64, each below max_seq_len.
             doc_ids: (B, T) int32, or None when a row is one text.
             caches: one a layer, when tokens continue a text already seen.
+            samples: (B,) int64 global sample numbers; needed when the model has dropout.
+            columns: (T,) int64 index of each token in its row; needed when the model has dropout.
+            hidden: (B, T or T/tp, D) from the stage before; None on the first stage.
 
         Returns:
-            (B, T, D) in the compute dtype.
+            (B, T or, under sequence parallelism, T/tp, D) in the compute dtype.
         """
-        x_BTD = self.embedding(tokens, self.compute_dtype)
-        rotary = None
-        if self.positions is not None:
-            x_BTD = x_BTD + self.positions(positions, self.compute_dtype)
+        region = self.region
+        own_columns = None if columns is None else region.own_tokens(columns, 0)
+        if self.is_first:
+            x_BTD = self.embedding(tokens, self.compute_dtype)
+            if self.positions is not None:
+                x_BTD = x_BTD + self.positions(region.own_tokens(positions, 1), self.compute_dtype)
+            x_BTD = self.embedding_dropout(x_BTD, samples, own_columns)
         else:
-            rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta)
-        for i, block in enumerate(self.blocks):
-            if self.recompute and caches is None and torch.is_grad_enabled():
-                # Nothing inside draws random numbers, so there is no generator state to carry to the second pass.
-                x_BTD = checkpoint(block, x_BTD, rotary, doc_ids, use_reentrant=False, preserve_rng_state=False)
+            assert hidden is not None, "a later stage computes from hidden states"
+            x_BTD = hidden
+        rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta) if self.config.position == "rotary" else None
+        places = Places(rotary, doc_ids, samples, own_columns)
+        for i, block in enumerate(self.blocks.values()):
+            if caches is None and self.recompute.applies("full", i) and torch.is_grad_enabled():
+                # Nothing inside draws from a generator, so there is no state to carry to the second pass.
+                x_BTD = checkpoint(block, x_BTD, places, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTD = block(x_BTD, rotary, doc_ids, None if caches is None else caches[i])
-        return self.final_norm(x_BTD)
+                x_BTD = block(x_BTD, places, None if caches is None else caches[i])
+        return self.final_norm(x_BTD) if self.is_last else x_BTD
 
     def initial_weights(self, seed: int) -> dict[str, torch.Tensor]:
-        """Initial value of every parameter by logical name, float32."""
-        std = self.config.init_std
-        layers = self.config.num_layers
+        """Initial value of every parameter this rank holds, by logical name, float32."""
+        std, layers = self.config.init_std, self.config.num_layers
+        shapes = parameter_shapes(self.config)
         return {
-            name: initial_tensor(name, parameter.shape, std=std_of(name, init_std=std, num_layers=layers), seed=seed)
-            for name, parameter in self.named_parameters()
+            name: self.own_part(
+                name, initial_tensor(name, torch.Size(shapes[name]), std=std_of(name, init_std=std, num_layers=layers), seed=seed)
+            )
+            for name, _ in self.named_parameters()
         }
 
+    def own_part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """What this rank holds of the logical tensor ``name``."""
+        part = tensor_slice(name, self.config, self.region.tp.size, self.region.tp.rank)
+        return whole if part is None else whole.narrow(part.dim, part.start, part.stop - part.start)
+
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Copy ``weights`` into the parameters.
+        """Copy ``weights``, this rank's parts, into the parameters.
 
         Raises:
             ValueError: names or shapes are not exactly the model's; nothing was copied.

@@ -47,7 +47,7 @@ def test_without_a_document_mask_positions_run_through_the_row(corpus: Path) -> 
     rows, _ = open_rows(config)
     numbers = next(range(n, n + 1) for n in range(rows.num_rows) if rows.row(n).doc_ids.max() > 0)
     batch = rows.batch(numbers)
-    masked = to_device(batch, torch.device("cpu"), document_mask=True)
-    plain = to_device(batch, torch.device("cpu"), document_mask=False)
+    masked = to_device(batch, torch.device("cpu"), document_mask=True, samples=numbers)
+    plain = to_device(batch, torch.device("cpu"), document_mask=False, samples=numbers)
     assert masked.doc_ids is not None and plain.doc_ids is None
     assert masked.positions.max() < plain.positions.max() == config.data.seq_len - 1

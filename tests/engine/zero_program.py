@@ -52,7 +52,7 @@ def train(config: RunConfig, ctx: ParallelContext) -> dict[str, torch.Tensor]:
     """
     engine: Engine = build_engine(config, ctx, choose_ops(config, ctx), None)
     rows, _ = open_rows(config)
-    batches = StepBatches(rows, config, ctx.dp, ctx.device)
+    batches = StepBatches(rows, config, ctx)
     losses, norms = [], []
     answer: dict[str, torch.Tensor] = {}
     for step in range(1, config.train.steps + 1):

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.kernels.attention.native import attention_native, attention_native_lse, why_not_native
+from dist_llm.kernels.attention.block import attention_reference_backward, attention_reference_block
+from dist_llm.kernels.attention.native import (
+    attention_native,
+    attention_native_backward,
+    attention_native_block,
+    attention_native_lse,
+    why_not_native,
+)
 from dist_llm.kernels.attention.reference import attention_reference_lse
 from dist_llm.kernels.extension import load_extension
 
@@ -259,14 +266,19 @@ def test_opcheck_accepts_both_ops() -> None:
     size = (2, 11, 17, 4, 2, 24)
     for dtype in DTYPES:
         *qkv, dout, dlse = make_inputs(size, dtype)
-        for options in (OPTIONS["causal"], OPTIONS["everything"]):
+        elsewhere = {"causal": False, "doc_ids": torch.arange(34).view(2, 17) // 5, "query_doc_ids": torch.arange(22).view(2, 11) // 4}
+        for options in (OPTIONS["causal"], OPTIONS["everything"], elsewhere):
             made = make_options(size, options)
-            given = (made.get("doc_ids"), made.get("alibi_slopes"), made["causal"], made.get("window", 0), 0.2, made.get("soft_cap", 0.0))
-            leaves = [t.clone().requires_grad_() for t in qkv]
-            torch.library.opcheck(torch.ops.dist_llm.attention, (*leaves, *given))
-            out, lse = torch.ops.dist_llm.attention(*qkv, *given)
-            torch.library.opcheck(torch.ops.dist_llm.attention_backward, (dout, dlse, *qkv, out, lse, *given))
-            torch.library.opcheck(torch.ops.dist_llm.attention_backward, (dout, None, *qkv, out, lse, *given))
+            documents = (made.get("doc_ids"), made.get("query_doc_ids"))
+            numbers = (made["causal"], made.get("window", 0), 0.2, made.get("soft_cap", 0.0))
+            for fp32_out in (False, True):
+                given = (*documents, made.get("alibi_slopes"), *numbers, fp32_out)
+                leaves = [t.clone().requires_grad_() for t in qkv]
+                torch.library.opcheck(torch.ops.dist_llm.attention, (*leaves, *given))
+                out, lse = torch.ops.dist_llm.attention(*qkv, *given)
+                assert out.dtype == (torch.float32 if fp32_out else dtype)
+                for given_dlse in (dlse, None):
+                    torch.library.opcheck(torch.ops.dist_llm.attention_backward, (dout, given_dlse, *qkv, out.to(dtype), lse, *given))
 
 
 @needs_native
@@ -302,6 +314,145 @@ def test_native_refuses_options_it_cannot_follow(change: dict[str, Any], error: 
         attention_native(q, k, v, causal=True, **change)
 
 
+# Documents of keys and of queries that stand elsewhere in the row: ids in common, missing on either side, before and behind all.
+ELSEWHERE = {
+    "equal": lambda tokens, first: torch.full((tokens,), 3),
+    "none in common": lambda tokens, first: torch.arange(tokens) // 9 * 2 + first,
+    "some in common": lambda tokens, first: torch.arange(tokens) // (7 + 16 * first) + 2 * first,
+    "far apart": lambda tokens, first: (torch.arange(tokens) >= tokens // 2).long() * (50 + first) + 4,
+    "one token each": lambda tokens, first: torch.arange(tokens) + 20 * first,
+    "all behind": lambda tokens, first: torch.full((tokens,), 9 if first else 4),
+    "all before": lambda tokens, first: torch.full((tokens,), 4 if first else 9),
+}
+# B, T, S, N, K, H
+ELSEWHERE_SIZES = {
+    "more queries than keys": (2, 200, 100, 4, 2, 40),
+    "more keys than queries": (2, 70, 301, 3, 3, 64),
+    "one key": (1, 65, 1, 2, 1, 8),
+    "two queries": (2, 2, 150, 4, 2, 48),
+    "all heads to one": (1, 131, 67, 20, 1, 24),
+}
+
+
+def elsewhere(size: tuple[int, ...], documents: str) -> dict[str, Any]:
+    b, t, s, *_ = size
+    shift = torch.arange(b)[:, None]  # rows differ
+    keys, queries = (ELSEWHERE[documents](tokens, first)[None] + shift for tokens, first in ((s, 0), (t, 1)))
+    return {"causal": False, "doc_ids": keys.int(), "query_doc_ids": queries.int()}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("documents", ELSEWHERE)
+@pytest.mark.parametrize("size", ELSEWHERE_SIZES.values(), ids=ELSEWHERE_SIZES)
+def test_queries_from_elsewhere_see_the_keys_of_their_document(size: tuple[int, ...], documents: str, dtype: torch.dtype) -> None:
+    *qkv, dout, dlse = make_inputs(size, dtype)
+    options = elsewhere(size, documents)
+    sees_none = ~(options["query_doc_ids"][:, :, None] == options["doc_ids"][:, None, :]).any(-1)
+    dlse = dlse.masked_fill(sees_none[:, None], 0.0)  # -inf has no gradient
+
+    def finite(fn: Callable[..., Any], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        out, lse, *grads = results(fn, [*inputs, dlse], options)
+        assert torch.equal(lse == float("-inf"), sees_none[:, None].expand(lse.shape))
+        assert not out[sees_none].any()
+        assert not grads[0][sees_none].any()
+        return [out, lse.masked_fill(lse == float("-inf"), 0.0), *grads]
+
+    exact = finite(attention_reference_lse, [t.double() for t in (*qkv, dout)])
+    expected = finite(attention_reference_lse, [*qkv, dout])
+    largest = max(t.abs().max().item() for t in exact)
+    for index, (ours, theirs, truth) in enumerate(zip(finite(attention_native_lse, [*qkv, dout]), expected, exact, strict=True)):
+        assert torch.isfinite(ours).all()
+        error, bound = (ours.double() - truth).abs().max().item(), 2 * (theirs.double() - truth).abs().max().item()
+        # Eight fp32 roundings of the largest number, for results that cancel to nothing, or one in the dtype of the result.
+        luck = max(8 * torch.finfo(torch.float32).eps, torch.finfo(ours.dtype).eps) * largest
+        assert error <= max(bound, luck), f"result {index}: {error:.3g} > {max(bound, luck):.3g}"
+
+
+PARTS = [slice(0, 37), slice(37, 38), slice(38, 130)]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("documents", [False, True], ids=["one text", "documents"])
+def test_blocks_of_keys_add_up_to_the_gradients_of_the_whole(documents: bool, soft_cap: float | None, dtype: torch.dtype) -> None:
+    size = (2, 90, 130, 4, 2, 40)
+    q, k, v, dout, _ = make_inputs(size, dtype)
+    whole: dict[str, Any] = elsewhere(size, "some in common") if documents else {"causal": False}
+    whole.update(soft_cap=soft_cap, scale=0.2)
+    exact_inputs = [t.double() for t in (q, k, v, dout)]
+    exact = results(attention_reference_lse, [*exact_inputs, torch.zeros(2, 4, 90)], whole) if not documents else None
+    exact_out, exact_lse = attention_reference_block(*exact_inputs[:3], **whole)
+    if exact is None:
+        leaves = [t.clone().requires_grad_() for t in exact_inputs[:3]]
+        exact = [exact_out, exact_lse, *torch.autograd.grad(attention_reference_lse(*leaves, **whole)[0], leaves, exact_inputs[3])]
+    # The reference's own backward, on all keys at once, equals autograd in float64.
+    for ours, truth in zip(
+        attention_reference_backward(exact_inputs[3], *exact_inputs[:3], exact_out, exact_lse, **whole), exact[2:], strict=True
+    ):
+        torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
+
+    out, lse = attention_native_block(q, k, v, **whole)
+    assert out.dtype == torch.float32
+    rounded = out.to(dtype)
+    for backward in (attention_native_backward, attention_reference_backward):
+        dq, dks, dvs = torch.zeros(q.shape), [], []
+        for part in PARTS:
+            options = {**whole, "doc_ids": whole["doc_ids"][:, part]} if documents else whole
+            part_dq, part_dk, part_dv = backward(dout, q, k[:, part], v[:, part], rounded, lse, **options)
+            assert part_dq.dtype == part_dk.dtype == part_dv.dtype == torch.float32
+            dq += part_dq
+            dks.append(part_dk)
+            dvs.append(part_dv)
+        for ours, truth in zip((out, dq, torch.cat(dks, 1), torch.cat(dvs, 1)), (exact[0], *exact[2:]), strict=True):
+            # fp32: rounding of sums. bf16: the result and the probabilities are rounded to it, a few parts in a thousand of a term.
+            bound = (2e-6 if dtype == torch.float32 else 8e-3) * max(t.abs().max().item() for t in exact[2:])
+            assert (ours.double() - truth).abs().max() <= bound
+
+
+@needs_native
+@pytest.mark.parametrize("num_queries", [2, 90])
+def test_a_block_is_the_result_before_it_is_rounded(num_queries: int) -> None:
+    q, k, v, _, _ = make_inputs((2, num_queries, 90, 4, 2, 40), torch.bfloat16)
+    fine, coarse = attention_native_block(q, k, v, causal=True)[0], attention_native(q, k, v, causal=True)
+    assert torch.equal(fine.bfloat16(), coarse)
+    assert not torch.equal(fine, coarse.float())
+
+
+@pytest.mark.parametrize("fn", [attention_native_lse, attention_native_block, attention_reference_lse, attention_reference_block])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"doc_ids": None}, "query_doc_ids come with doc_ids"),
+        ({"causal": True}, r"the queries have no place among the keys, so causal \(True\)"),
+        ({"query_doc_ids": torch.zeros(2, 3, dtype=torch.int32)}, r"query_doc_ids \(2, 3\) torch.int32 must be \(B, T\) = \(2, 5\)"),
+        ({"query_doc_ids": torch.zeros(2, 5, dtype=torch.int64)}, r"in the dtype of doc_ids, torch\.int32"),
+    ],
+)
+def test_documents_of_queries_that_fit_nothing_are_refused(fn: Callable[..., Any], change: dict[str, Any], message: str) -> None:
+    q, k, v, _, _ = make_inputs((2, 5, 4, 2, 2, 8), torch.float32)
+    ids = {"causal": False, "doc_ids": torch.zeros(2, 4, dtype=torch.int32), "query_doc_ids": torch.zeros(2, 5, dtype=torch.int32)}
+    with pytest.raises(ValueError, match=message):
+        fn(q, k, v, **{**ids, **change})
+
+
+@needs_native
+def test_native_refuses_documents_of_queries_that_fall() -> None:
+    q, k, v, _, _ = make_inputs((1, 3, 4, 2, 2, 8), torch.float32)
+    with pytest.raises(RuntimeError, match="query_doc_ids must not fall along a row: row 0 has 2 before 1 at token 2"):
+        attention_native_lse(q, k, v, causal=False, doc_ids=torch.zeros(1, 4).long(), query_doc_ids=torch.tensor([[0, 2, 1]]))
+
+
+@pytest.mark.parametrize("backward", [attention_native_backward, attention_reference_backward])
+def test_a_result_of_other_queries_is_refused(backward: Callable[..., Any]) -> None:
+    q, k, v, _, _ = make_inputs((2, 5, 4, 2, 2, 8), torch.float32)
+    with pytest.raises(ValueError, match=r"lse \(2, 5, 2\) torch.float32 must be \(B, N, T\) = \(2, 2, 5\)"):
+        backward(q, q, k, v, q, torch.zeros(2, 5, 2), causal=False)
+    with pytest.raises(ValueError, match=r"out \(2, 4, 2, 8\) torch.float32 must be like q, \(2, 5, 2, 8\)"):
+        backward(q, q, k, v, k, torch.zeros(2, 2, 5), causal=False)
+
+
 @needs_native
 def test_native_refuses_other_dtypes() -> None:
     q, k, v, _, _ = make_inputs((1, 4, 4, 2, 2, 8), torch.float32)
@@ -319,12 +470,18 @@ def test_why_not_native_names_the_dtypes_it_takes() -> None:
 # The instructions are chosen once in a process, so each set is tried in its own.
 CHECK_ISA = """
 from dist_llm.kernels.extension import load_extension
-from tests.kernels.test_attention_native import DTYPES, OPTIONS, SIZES, assert_at_most_twice_the_reference_error
+from tests.kernels.test_attention_native import (
+    DTYPES, ELSEWHERE, ELSEWHERE_SIZES, OPTIONS, SIZES, assert_at_most_twice_the_reference_error,
+    test_queries_from_elsewhere_see_the_keys_of_their_document,
+)
 print(load_extension().cpu_isa)
 for dtype in DTYPES:
     for size in SIZES.values():
         for options in OPTIONS.values():
             assert_at_most_twice_the_reference_error(size, dtype, options)
+    for size in ELSEWHERE_SIZES.values():
+        for documents in ELSEWHERE:
+            test_queries_from_elsewhere_see_the_keys_of_their_document(size, documents, dtype)
 """
 
 

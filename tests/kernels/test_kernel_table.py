@@ -10,7 +10,7 @@ import torch
 from dist_llm.config.schema import KernelsConfig
 from dist_llm.kernels.impl import Impl, always, select
 from dist_llm.kernels.rms_norm.native import why_not_native
-from dist_llm.kernels.table import TABLES, choices
+from dist_llm.kernels.table import LAYOUT_TABLES, TABLES, choices
 from dist_llm.utils.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -44,13 +44,13 @@ def test_an_unknown_name_is_refused_with_the_choices() -> None:
 
 
 def test_every_table_ends_with_a_reference_that_always_runs() -> None:
-    for table in TABLES.values():
+    for table in (*TABLES.values(), *LAYOUT_TABLES.values()):
         assert table[-1].name == "reference"
         assert table[-1].why_not is always
 
 
 def test_the_config_offers_exactly_the_implementations_of_the_tables() -> None:
-    for table in TABLES.values():
+    for table in (*TABLES.values(), *LAYOUT_TABLES.values()):
         field = KernelsConfig.model_fields[table[0].op]
         assert set(get_args(field.annotation)) == {"auto", *(impl.name for impl in table)}
 
@@ -62,6 +62,19 @@ def test_choices_cover_every_function_and_follow_the_config() -> None:
     # One library holds all compiled kernels: where one of them runs, they all do.
     native = why_not_native(CPU, torch.bfloat16) is None
     assert (chosen["attention"].name, chosen["cross_entropy"].name) == (("native", "native") if native else ("sdpa", "reference"))
+
+
+def test_a_layout_gets_its_own_functions_and_others_do_not() -> None:
+    native = why_not_native(CPU, torch.float32) is None
+    chosen = choices(CPU, torch.float32, {}, layout_functions=LAYOUT_TABLES)
+    assert set(chosen) == {*TABLES, *LAYOUT_TABLES}
+    assert chosen["attention_block"].name == chosen["attention_block_backward"].name == ("native" if native else "reference")
+
+
+def test_sdpa_by_name_is_refused_only_where_a_log_sum_exp_is_needed() -> None:
+    assert choices(CPU, torch.float32, {"attention": "sdpa"})["attention"].name == "sdpa"
+    with pytest.raises(ConfigError, match=r"kernels\.attention = sdpa cannot run .* returns no log-sum-exp.*cp_kind = all_to_all"):
+        choices(CPU, torch.float32, {"attention": "sdpa"}, layout_functions=["attention_block"])
 
 
 def test_choices_fall_back_to_the_reference_where_nothing_is_compiled() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_llm.layers.linear import Embedding, Linear
+from dist_llm.layers.embedding import Embedding
+from dist_llm.layers.linear import Linear
 from dist_llm.layers.mlp import GeluMLP, SwigluMLP
 
 

@@ -13,7 +13,7 @@ from dist_llm.kernels.attention.reference import attention_reference
 from dist_llm.kernels.attention.sdpa import attention_sdpa
 from dist_llm.kernels.rms_norm.reference import rms_norm_reference
 from dist_llm.models.block import Ops
-from dist_llm.models.decoder import Decoder
+from dist_llm.models.decoder import Decoder, Recompute
 from dist_llm.objectives.next_token import next_token_nll
 
 REFERENCE = Ops(rms_norm=rms_norm_reference, attention=attention_reference)
@@ -39,7 +39,7 @@ def make_config(**changes: Any) -> ModelConfig:
 
 def make_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, ops: Ops = FUSED, recompute: bool = False) -> Decoder:
     """A model whose biases and gains are random, too: as initialised they are zero and one, and would hide mistakes."""
-    model = Decoder(config, ops, compute_dtype=dtype, recompute=recompute)
+    model = Decoder(config, ops, compute_dtype=dtype, recompute=Recompute("full" if recompute else "none"))
     weights = model.initial_weights(seed=3)
     generator = torch.Generator().manual_seed(5)
     # Larger than at the start of a run, so that attention is far from uniform.

@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from dist_llm.kernels.attention.reference import check_arguments
+from dist_llm.kernels.attention.reference import check_arguments, check_final
 from dist_llm.kernels.extension import why_no_kernel
 
-__all__ = ["attention_native", "attention_native_lse", "why_not_native"]
+__all__ = ["attention_native", "attention_native_backward", "attention_native_block", "attention_native_lse", "why_not_native"]
 
-# window 0 and soft_cap 0 stand for none.
+# window 0 and soft_cap 0 stand for none. fp32_out: out, or dq, dk and dv, are fp32 whatever the dtype of q.
 torch.library.define(
     "dist_llm::attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? doc_ids, Tensor? alibi_slopes, bool causal, int window, float scale, float soft_cap)"
-    " -> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? doc_ids, Tensor? query_doc_ids, Tensor? alibi_slopes, bool causal, int window, float scale,"
+    " float soft_cap, bool fp32_out) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "dist_llm::attention_backward",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? doc_ids, Tensor? alibi_slopes,"
-    " bool causal, int window, float scale, float soft_cap) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? doc_ids, Tensor? query_doc_ids,"
+    " Tensor? alibi_slopes, bool causal, int window, float scale, float soft_cap, bool fp32_out) -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
 Tensors = tuple[torch.Tensor, ...]
@@ -39,32 +39,39 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     return why_no_kernel("attention", device)
 
 
-def _fake(q: torch.Tensor, *_: Any) -> Tensors:
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+def _fake(q: torch.Tensor, *options: Any) -> Tensors:
+    dtype = torch.float32 if options[-1] else q.dtype
+    return q.new_empty(q.shape, dtype=dtype), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def _fake_backward(dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Tensors:
+def _fake_backward(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
+) -> Tensors:
     del dout, dlse
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dtype = torch.float32 if options[-1] else q.dtype
+    return q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    q, k, v, doc_ids, alibi_slopes, *options = inputs
-    ctx.save_for_backward(q, k, v, *output, doc_ids, alibi_slopes)
+    q, k, v, doc_ids, query_doc_ids, alibi_slopes, *options, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, doc_ids, query_doc_ids, alibi_slopes)
     ctx.options = options
     # Mostly nobody uses the log-sum-exp; its gradient is then None instead of a tensor of zeros.
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Grads:
-    q, k, v, out, lse, doc_ids, alibi_slopes = ctx.saved_tensors
+    q, k, v, out, lse, doc_ids, query_doc_ids, alibi_slopes = ctx.saved_tensors
+    # An fp32 result of bf16 queries is rounded here, as the kernel wants one dtype.
+    out = out.to(q.dtype)
     dq, dk, dv = torch.ops.dist_llm.attention_backward(
-        torch.zeros_like(out) if dout is None else _neighbouring(dout),
+        torch.zeros_like(out) if dout is None else _neighbouring(dout.to(q.dtype)),
         None if dlse is None else dlse.contiguous(),
-        *(q, k, v, out, lse, doc_ids, alibi_slopes),
+        *(q, k, v, out, lse, doc_ids, query_doc_ids, alibi_slopes),
         *ctx.options,
+        False,
     )
-    return dq, dk, dv, None, None, None, None, None, None
+    return dq, dk, dv, *[None] * 8
 
 
 torch.library.register_fake("dist_llm::attention", _fake)
@@ -77,6 +84,10 @@ def _neighbouring(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def attention_native_lse(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -84,6 +95,7 @@ def attention_native_lse(
     *,
     causal: bool,
     doc_ids: torch.Tensor | None = None,
+    query_doc_ids: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     alibi_slopes: torch.Tensor | None = None,
@@ -92,11 +104,12 @@ def attention_native_lse(
     """``attention_reference_lse`` block by block; ask ``why_not_native`` first, as ``select`` does.
 
     Args:
-        q: (B, T, N, H): the last T of S tokens; fp32 or bf16.
+        q: (B, T, N, H): the last T of S tokens, or tokens from elsewhere in the row with ``query_doc_ids``; fp32 or bf16.
         k: (B, S, K, H), N a multiple of K, dtype of q.
         v: (B, S, K, H), dtype of q.
         causal: a query sees no later key.
         doc_ids: (B, S), int32 or int64, never falling along a row, or None.
+        query_doc_ids: (B, T), dtype of doc_ids, never falling along a row, or None: the queries are among the keys.
         scale: factor of the scores; default 1 / sqrt(H).
         window: a query sees only keys fewer than this many tokens away, or None.
         alibi_slopes: (N,), constant, or None.
@@ -104,21 +117,32 @@ def attention_native_lse(
 
     Returns:
         (B, T, N, H) in the dtype of q, and the log of the sum of the exponentials of the scores, (B, N, T), fp32. Both have a gradient.
+        A query that sees no key has zeros and -inf.
 
     Raises:
         ValueError: the arguments do not fit one another, or the slopes ask for a gradient, which this op does not compute.
     """
-    check_arguments(q, k, v, causal=causal, doc_ids=doc_ids, window=window, alibi_slopes=alibi_slopes, soft_cap=soft_cap)
+    check_arguments(
+        *(q, k, v),
+        causal=causal,
+        doc_ids=doc_ids,
+        query_doc_ids=query_doc_ids,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        soft_cap=soft_cap,
+    )
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes require a gradient, which native attention does not compute; detach them")
     out, lse = torch.ops.dist_llm.attention(
         *(_neighbouring(t) for t in (q, k, v)),
-        None if doc_ids is None else doc_ids.contiguous(),
+        _contiguous(doc_ids),
+        _contiguous(query_doc_ids),
         None if alibi_slopes is None else alibi_slopes.float().contiguous(),
         causal,
         window or 0,
         q.shape[3] ** -0.5 if scale is None else scale,
         soft_cap or 0.0,
+        False,
     )
     return out, lse
 
@@ -145,3 +169,76 @@ def attention_native(
     return attention_native_lse(
         q, k, v, causal=causal, doc_ids=doc_ids, scale=scale, window=window, alibi_slopes=alibi_slopes, soft_cap=soft_cap
     )[0]
+
+
+def attention_native_block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    doc_ids: torch.Tensor | None = None,
+    query_doc_ids: torch.Tensor | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attention_reference_block`` in C++. Gradients are those of ``attention_native_backward``, with the whole row's result.
+
+    Args: as ``attention_native_lse``.
+
+    Returns:
+        (B, T, N, H) and (B, N, T), both fp32.
+    """
+    check_arguments(q, k, v, causal=causal, doc_ids=doc_ids, query_doc_ids=query_doc_ids, soft_cap=soft_cap)
+    out, lse = torch.ops.dist_llm.attention(
+        *(_neighbouring(t) for t in (q, k, v)),
+        _contiguous(doc_ids),
+        _contiguous(query_doc_ids),
+        None,
+        causal,
+        0,
+        q.shape[3] ** -0.5 if scale is None else scale,
+        soft_cap or 0.0,
+        True,
+    )
+    return out, lse
+
+
+def attention_native_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool,
+    doc_ids: torch.Tensor | None = None,
+    query_doc_ids: torch.Tensor | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``attention_reference_backward`` in C++, block by block.
+
+    Args: as ``attention_reference_backward``; tensors fp32 or bf16.
+
+    Returns:
+        what these keys add to dq (B, T, N, H), and dk and dv (B, S, K, H) of these queries, all fp32.
+    """
+    check_arguments(q, k, v, causal=causal, doc_ids=doc_ids, query_doc_ids=query_doc_ids, soft_cap=soft_cap)
+    check_final(dout, q, out, lse)
+    dq, dk, dv = torch.ops.dist_llm.attention_backward(
+        _neighbouring(dout),
+        None,
+        *(_neighbouring(t) for t in (q, k, v, out)),
+        lse.contiguous(),
+        _contiguous(doc_ids),
+        _contiguous(query_doc_ids),
+        None,
+        causal,
+        0,
+        q.shape[3] ** -0.5 if scale is None else scale,
+        soft_cap or 0.0,
+        True,
+    )
+    return dq, dk, dv

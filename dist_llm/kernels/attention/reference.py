@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["attention_reference", "attention_reference_lse", "check_arguments", "position_bias", "visible"]
+__all__ = ["attention_reference", "attention_reference_lse", "check_arguments", "check_final", "position_bias", "scores", "visible"]
 
 
 def check_arguments(
@@ -17,6 +17,7 @@ def check_arguments(
     *,
     causal: bool,
     doc_ids: torch.Tensor | None,
+    query_doc_ids: torch.Tensor | None = None,
     window: int | None = None,
     alibi_slopes: torch.Tensor | None = None,
     soft_cap: float | None = None,
@@ -30,7 +31,20 @@ def check_arguments(
         raise ValueError(f"attention takes q (B, T, N, H) and k, v (B, S, K, H), not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if q.shape[2] % k.shape[2] != 0:
         raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key and value heads ({k.shape[2]})")
-    has_positions = causal or doc_ids is not None or window is not None or alibi_slopes is not None
+    if query_doc_ids is not None:
+        if doc_ids is None:
+            raise ValueError("query_doc_ids come with doc_ids, the documents of the keys, which are None")
+        if causal or window is not None or alibi_slopes is not None:
+            raise ValueError(
+                f"with query_doc_ids the queries have no place among the keys, so causal ({causal}), window ({window}) and alibi_slopes"
+                f" ({None if alibi_slopes is None else 'given'}) mean nothing: leave them out, or leave query_doc_ids out"
+            )
+        if query_doc_ids.shape != q.shape[:2] or query_doc_ids.dtype != doc_ids.dtype:
+            raise ValueError(
+                f"query_doc_ids {tuple(query_doc_ids.shape)} {query_doc_ids.dtype} must be (B, T) = {tuple(q.shape[:2])} in the dtype of"
+                f" doc_ids, {doc_ids.dtype}: the document of every query"
+            )
+    has_positions = causal or window is not None or alibi_slopes is not None or (doc_ids is not None and query_doc_ids is None)
     if q.shape[1] > k.shape[1] and has_positions:
         raise ValueError(f"{q.shape[1]} queries are the last tokens of {k.shape[1]} keys: there cannot be more queries than keys")
     if doc_ids is not None and doc_ids.shape != k.shape[:2]:
@@ -43,6 +57,23 @@ def check_arguments(
         raise ValueError(f"soft_cap ({soft_cap}) must be positive")
 
 
+def check_final(dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Refuse a result that cannot belong to these queries.
+
+    Raises:
+        ValueError: naming the shapes and dtypes.
+    """
+    if dout.shape != q.shape or out.shape != q.shape or dout.dtype != q.dtype or out.dtype != q.dtype:
+        raise ValueError(
+            f"dout {tuple(dout.shape)} {dout.dtype} and out {tuple(out.shape)} {out.dtype} must be like q, {tuple(q.shape)} {q.dtype}"
+        )
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if lse.shape != (q.shape[0], q.shape[2], q.shape[1]) or lse.dtype != wide:
+        raise ValueError(
+            f"lse {tuple(lse.shape)} {lse.dtype} must be (B, N, T) = {(q.shape[0], q.shape[2], q.shape[1])} in {wide}: over all keys"
+        )
+
+
 def visible(
     num_queries: int,
     num_keys: int,
@@ -50,6 +81,7 @@ def visible(
     causal: bool,
     doc_ids: torch.Tensor | None,
     device: torch.device,
+    query_doc_ids: torch.Tensor | None = None,
     window: int | None = None,
 ) -> torch.Tensor | None:
     """Which keys each query sees.
@@ -66,7 +98,8 @@ def visible(
         near = _distance(num_queries, num_keys, device) < window
         mask = near if mask is None else near & mask
     if doc_ids is not None:
-        same_document = (doc_ids[:, first:, None] == doc_ids[:, None, :])[:, None]
+        of_queries = doc_ids[:, first:] if query_doc_ids is None else query_doc_ids
+        same_document = (of_queries[:, :, None] == doc_ids[:, None, :])[:, None]
         mask = same_document if mask is None else same_document & mask
     return mask
 
@@ -91,6 +124,33 @@ def _distance(num_queries: int, num_keys: int, device: torch.device) -> torch.Te
     return (keys[num_keys - num_queries :, None] - keys[None, :]).abs()
 
 
+def scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    causal: bool,
+    doc_ids: torch.Tensor | None,
+    query_doc_ids: torch.Tensor | None,
+    scale: float | None,
+    window: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """What the softmax is taken of, (B, N, T, S) in fp32 (fp64 from fp64); -inf where a query does not see a key.
+
+    Args: as ``attention_reference_lse``.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)  # fp64 stays fp64: tests measure errors against it
+    k_BSNH = k.to(wide).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores_BNTS = torch.einsum("btnh,bsnh->bnts", q.to(wide), k_BSNH) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if soft_cap is not None:
+        scores_BNTS = soft_cap * torch.tanh(scores_BNTS / soft_cap)
+    if alibi_slopes is not None:
+        scores_BNTS = scores_BNTS + position_bias(q.shape[1], k.shape[1], alibi_slopes.to(wide))
+    mask = visible(q.shape[1], k.shape[1], causal=causal, doc_ids=doc_ids, device=q.device, query_doc_ids=query_doc_ids, window=window)
+    return scores_BNTS if mask is None else scores_BNTS.masked_fill(~mask, float("-inf"))
+
+
 def attention_reference_lse(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -98,6 +158,7 @@ def attention_reference_lse(
     *,
     causal: bool,
     doc_ids: torch.Tensor | None = None,
+    query_doc_ids: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     alibi_slopes: torch.Tensor | None = None,
@@ -105,26 +166,43 @@ def attention_reference_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``attention_reference``, and what its softmax divides by: attention over other keys can then be merged with it.
 
-    Args: as ``attention_reference``.
+    Args: as ``attention_reference``, and
+        query_doc_ids: (B, T) integers that never fall along a row, the documents of queries that stand elsewhere in the row than the
+            keys: a query sees the keys of equal id, however many, or none. None: the queries are the last T of the S tokens.
 
     Returns:
         (B, T, N, H) in the dtype of q, and the log of the sum of the exponentials of the scores, (B, N, T), fp32 (fp64 from fp64).
+        A query that sees no key has zeros and -inf, and no gradient.
     """
-    check_arguments(q, k, v, causal=causal, doc_ids=doc_ids, window=window, alibi_slopes=alibi_slopes, soft_cap=soft_cap)
-    wide = torch.promote_types(q.dtype, torch.float32)  # fp64 stays fp64: tests measure errors against it
-    heads_per_key = q.shape[2] // k.shape[2]
-    k_BSNH = k.to(wide).repeat_interleave(heads_per_key, dim=2)
-    v_BSNH = v.to(wide).repeat_interleave(heads_per_key, dim=2)
-    scores_BNTS = torch.einsum("btnh,bsnh->bnts", q.to(wide), k_BSNH) * (q.shape[3] ** -0.5 if scale is None else scale)
-    if soft_cap is not None:
-        scores_BNTS = soft_cap * torch.tanh(scores_BNTS / soft_cap)
-    if alibi_slopes is not None:
-        scores_BNTS = scores_BNTS + position_bias(q.shape[1], k.shape[1], alibi_slopes.to(wide))
-    mask = visible(q.shape[1], k.shape[1], causal=causal, doc_ids=doc_ids, device=q.device, window=window)
-    if mask is not None:
-        scores_BNTS = scores_BNTS.masked_fill(~mask, float("-inf"))
-    out_BTNH = torch.einsum("bnts,bsnh->btnh", scores_BNTS.softmax(-1), v_BSNH).to(q.dtype)
-    return out_BTNH, scores_BNTS.logsumexp(-1)
+    check_arguments(
+        *(q, k, v),
+        causal=causal,
+        doc_ids=doc_ids,
+        query_doc_ids=query_doc_ids,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        soft_cap=soft_cap,
+    )
+    scores_BNTS = scores(
+        *(q, k),
+        causal=causal,
+        doc_ids=doc_ids,
+        query_doc_ids=query_doc_ids,
+        scale=scale,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        soft_cap=soft_cap,
+    )
+    v_BSNH = v.to(scores_BNTS.dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    if query_doc_ids is None:
+        probabilities, lse = scores_BNTS.softmax(-1), scores_BNTS.logsumexp(-1)
+    else:
+        # The softmax of nothing is NaN, and so is its gradient: such queries get finite scores first and no weight after.
+        sees_none = (scores_BNTS == float("-inf")).all(-1, keepdim=True)
+        seen_BNTS = scores_BNTS.masked_fill(sees_none, 0.0)
+        probabilities = seen_BNTS.softmax(-1).masked_fill(sees_none, 0.0)
+        lse = seen_BNTS.logsumexp(-1).masked_fill(sees_none[..., 0], float("-inf"))
+    return torch.einsum("bnts,bsnh->btnh", probabilities, v_BSNH).to(q.dtype), lse
 
 
 def attention_reference(

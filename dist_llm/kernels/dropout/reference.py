@@ -1,0 +1,132 @@
+"""Dropout in plain PyTorch: the definition (Srivastava et al., JMLR 15, 2014; scaled at training time).
+
+Whether an element is kept is a function of the seed, the site in the model, the sample, the token's column in its row and the
+feature. No rank, batch split or order of calls enters, and the mask of any part can be made by itself: layouts agree, and
+recomputation in backward needs no saved state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from dist_llm.kernels.dropout.philox import philox_4x32
+
+__all__ = ["dropout_reference", "keep_mask", "site_number"]
+
+_MASK = 0xFFFFFFFF
+_WORDS = 4  # outputs of one counter: that many neighbouring features share it
+
+
+def site_number(name: str) -> int:
+    """Number of a place where dropout acts, from its logical name: the same in every process, layout and release; below 2**63."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+
+def dropout_reference(
+    x: torch.Tensor,
+    p: float,
+    *,
+    seed: int,
+    site: int,
+    samples: torch.Tensor,
+    columns: torch.Tensor,
+    feature_start: int = 0,
+) -> torch.Tensor:
+    """Zero each element with probability ``p``, scale the others by 1 / (1 - p).
+
+    Args:
+        x: (B, T, D), the features ``feature_start:feature_start + D`` of some tokens.
+        p: probability of a zero, in [0, 1). With 0 the answer is ``x`` itself.
+        seed: of the run.
+        site: from ``site_number``.
+        samples: (B,) int64, global number of the sample in each row, at least 0.
+        columns: (T,) int64, index of each token in its row, in [0, 2**32).
+        feature_start: of this part, when features are divided over ranks.
+
+    Returns:
+        (B, T, D), dtype of x. Backward makes the mask again instead of keeping it.
+
+    Raises:
+        ValueError: p or a shape is wrong.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1), it is {p}")
+    if p == 0.0:
+        return x
+    if x.dim() != 3 or samples.shape != x.shape[:1] or columns.shape != x.shape[1:2]:
+        raise ValueError(
+            f"dropout needs x (B, T, D) with samples (B,) and columns (T,); "
+            f"they are {tuple(x.shape)}, {tuple(samples.shape)} and {tuple(columns.shape)}"
+        )
+    return _Dropout.apply(x, p, _key(seed, site), samples, columns, feature_start)
+
+
+def keep_mask(
+    num_features: int,
+    p: float,
+    *,
+    seed: int,
+    site: int,
+    samples: torch.Tensor,
+    columns: torch.Tensor,
+    feature_start: int = 0,
+) -> torch.Tensor:
+    """Which elements dropout keeps: (B, T, num_features) bool. Arguments as ``dropout_reference``."""
+    return _keep(num_features, p, _key(seed, site), samples, columns, feature_start)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        p: float,
+        key: tuple[int, int],
+        samples: torch.Tensor,
+        columns: torch.Tensor,
+        feature_start: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(samples, columns)
+        ctx.rest = (p, key, feature_start)
+        return _apply(x, p, key, samples, columns, feature_start)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        p, key, feature_start = ctx.rest
+        samples, columns = ctx.saved_tensors
+        return _apply(grad, p, key, samples, columns, feature_start), None, None, None, None, None
+
+
+def _apply(
+    x: torch.Tensor, p: float, key: tuple[int, int], samples: torch.Tensor, columns: torch.Tensor, feature_start: int
+) -> torch.Tensor:
+    keep = _keep(x.shape[-1], p, key, samples, columns, feature_start)
+    return torch.where(keep, x * (1.0 / (1.0 - p)), 0)
+
+
+def _keep(
+    num_features: int, p: float, key: tuple[int, int], samples: torch.Tensor, columns: torch.Tensor, feature_start: int
+) -> torch.Tensor:
+    first = feature_start // _WORDS
+    last = -(-(feature_start + num_features) // _WORDS)
+    sample = samples.view(-1, 1, 1)
+    counter = (
+        torch.arange(first, last, device=samples.device).view(1, 1, -1),
+        columns.view(1, -1, 1),
+        sample & _MASK,
+        (sample >> 32) & _MASK,
+    )
+    words = torch.stack(philox_4x32(counter, key), dim=-1)  # (B, T, counters, 4)
+    skip = feature_start - first * _WORDS
+    return words.flatten(-2)[..., skip : skip + num_features] >= round(p * 2.0**32)
+
+
+def _key(seed: int, site: int) -> tuple[int, int]:
+    # A hash, so that the whole of a large seed counts, and neighbouring seeds and sites get unrelated keys.
+    digest = hashlib.sha256(f"dropout/{seed}/{site}".encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")

@@ -1,0 +1,125 @@
+"""A small copy of a user's config with the same structure: what is compared is the arithmetic, and that does not need the size.
+
+Kept: kinds of norm, position, activation, biases, ties, document mask, dropout, grouped or multi query heads, a head size that is not
+d_model / num_heads, optimiser settings, kernels. Made small: widths, layers, vocabulary, rows, batch.
+"""
+
+from __future__ import annotations
+
+from dist_llm.config.rules import broken_rules, problems_for_ranks
+from dist_llm.config.schema import RunConfig
+from dist_llm.topology.layout import Layout
+
+__all__ = ["MAX_RANKS", "apply_layout", "own_layout", "refusal", "shrink"]
+
+MAX_RANKS = 8  # on one machine; a layout of more ranks is brought down to it
+_HEAD = 16
+_SEQ_LEN = 32
+# Odd, so that the parts of a vocabulary divided over ranks are not all of one size.
+_VOCAB = 250
+
+
+def shrink(config: RunConfig) -> RunConfig:
+    """The small copy, in fp32 on one rank, with a constant rate and eps 1e-5.
+
+    AdamW divides by the root of the second moment plus eps: a gradient that is zero in theory and rounding noise in practice
+    (a key bias) would, at eps 1e-8, become a step of full size in a random direction.
+    """
+    model, parallel = config.model, config.parallel
+    group = model.num_heads // model.kv_heads
+    if group == 1:
+        heads, kv_heads = 4, 4
+    elif model.kv_heads == 1:
+        heads, kv_heads = 4, 1
+    else:
+        group = min(group, 4)
+        kv_heads = 2
+        heads = kv_heads * group if group in (2, 4) else 4 * group
+        kv_heads = heads // group
+    natural = model.d_model == model.num_heads * model.head_size
+    width = heads * _HEAD if natural else heads * _HEAD * 3 // 4
+    ffn = max(32, round(width * model.ffn_size / model.d_model / 16) * 16)
+    small = model.model_copy(
+        update={
+            "vocab_size": min(model.vocab_size, _VOCAB),
+            "d_model": width,
+            "num_layers": max(4, _own_stages(config)),
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": _HEAD,
+            "ffn_dim": ffn,
+            "max_seq_len": _SEQ_LEN,
+        }
+    )
+    return config.model_copy(
+        update={
+            "precision": "fp32",
+            "model": small,
+            "data": config.data.model_copy(update={"path": None, "seq_len": _SEQ_LEN}),
+            "train": config.train.model_copy(update={"steps": 3, "batch_size": 8, "micro_batch_size": 2, "engine": "auto", "threads": 1}),
+            "optim": config.optim.model_copy(
+                update={"lr": 1e-3, "schedule": "constant", "warmup_steps": 0, "decay_steps": None, "eps": 1e-5}
+            ),
+            "parallel": type(parallel)(),
+        }
+    )
+
+
+def own_layout(config: RunConfig) -> Layout:
+    """The config's own layout, axes halved where needed until it fits this machine's ``MAX_RANKS``."""
+    p = config.parallel
+    sizes = {"dp": p.dp or (2 if p.zero > 0 and p.tp * p.cp * p.pp > 1 else 1), "cp": p.cp, "pp": p.pp, "tp": p.tp}
+    for axis in sizes:  # a power of two at most 4, as the small copy divides
+        sizes[axis] = min(4, 1 << (sizes[axis].bit_length() - 1))
+    while sizes["dp"] * sizes["cp"] * sizes["pp"] * sizes["tp"] > MAX_RANKS:
+        largest = max(sizes, key=lambda axis: sizes[axis])
+        sizes[largest] //= 2
+    interleaved = p.schedule == "interleaved" and sizes["pp"] > 1
+    return Layout(
+        tp=sizes["tp"],
+        cp=sizes["cp"],
+        dp=sizes["dp"],
+        pp=sizes["pp"],
+        zero=p.zero if sizes["dp"] * sizes["cp"] > 1 else 0,
+        sequence_parallel=p.sequence_parallel,
+        cp_kind=p.cp_kind,
+        recompute=p.recompute,
+        schedule="interleaved" if interleaved else "1f1b",
+        chunks=2 if interleaved else 1,
+    )
+
+
+def apply_layout(small: RunConfig, layout: Layout) -> RunConfig:
+    """The small config at ``layout``."""
+    parallel = small.parallel.model_copy(
+        update={
+            "tp": layout.tp,
+            "cp": layout.cp,
+            "pp": layout.pp,
+            "dp": layout.dp,
+            "zero": layout.zero,
+            "sequence_parallel": layout.sequence_parallel,
+            "cp_kind": layout.cp_kind,
+            "recompute": layout.recompute,
+            "schedule": layout.schedule,
+            "chunks": layout.chunks,
+        }
+    )
+    micro = min(layout.micro_batch or small.train.micro_batch_size, max(1, small.train.batch_size // layout.dp))
+    train = small.train.model_copy(update={"micro_batch_size": micro})
+    return small.model_copy(update={"parallel": parallel, "train": train})
+
+
+def refusal(small: RunConfig, layout: Layout) -> str | None:
+    """Why the small config cannot run at ``layout``, with the nearest that works; None when it can."""
+    config = apply_layout(small, layout)
+    if layout.world_size > 2 * MAX_RANKS:
+        return f"{layout.world_size} ranks are more than one machine should be asked for here; compare a smaller layout of the same axes"
+    sentences = [f"{rule.keys[0]}: {message}" for rule, message in broken_rules(config)]
+    sentences += [f"{problem.key}: {problem.message}" for problem in problems_for_ranks(config, layout.world_size)]
+    return "; ".join(sentences) or None
+
+
+def _own_stages(config: RunConfig) -> int:
+    layout = own_layout(config)
+    return layout.pp * layout.chunks
