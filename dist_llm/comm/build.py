@@ -51,10 +51,11 @@ def build_context(
     pp_ranks = grid.group_of(rank, "pp")
     pp = group("pp", pp_ranks)
     dp = group("dp", grid.group_of(rank, "dp"))
-    zero_ranks = grid.group_of(rank, ("cp", "dp"))
-    # DeepSpeed communicates in it even when it is alone, and no handle would mean the world to it.
-    zero = group("zero", zero_ranks) if len(zero_ranks) > 1 else _make("zero", zero_ranks, rank)
-    model = group("model", grid.group_of(rank, ("tp", "pp")))
+    # DeepSpeed communicates in these two even where they are a rank alone, and no handle would mean the world to it.
+    alone = _make("alone", (rank,), rank)
+    zero_ranks, model_ranks = grid.group_of(rank, ("cp", "dp")), grid.group_of(rank, ("tp", "pp"))
+    zero = group("zero", zero_ranks) if len(zero_ranks) > 1 else alone
+    model = group("model", model_ranks) if len(model_ranks) > 1 else alone
     kv = ends = pp_back = SINGLE
     copies = max(1, tp.size // kv_heads) if kv_heads is not None else 1
     if copies > 1:

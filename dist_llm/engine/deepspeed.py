@@ -200,17 +200,18 @@ class DeepSpeedEngine:
         else:
             total = torch.zeros((), device=batches[0].tokens.device)
             for i, batch in enumerate(batches):
+                # Told, not counted by it (its own count assumes that every step has the configured number of micro-batches), and
+                # told before the forward, in which ZeRO-1 drops what it accumulated if it thinks that a step has ended.
+                self._engine.set_gradient_accumulation_boundary(i + 1 == len(batches))
                 nll = self._engine(batch)
-                self._backward(nll * factor, is_last=i + 1 == len(batches))
+                self._backward(nll * factor)
                 total += nll.detach()
             self._step()
         norm = self._norm if self._zero == 0 else self._engine.get_global_grad_norm()
         assert norm is not None, "DeepSpeed took a step without a gradient norm"
         return total, float(norm)
 
-    def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
-        # Told, not counted by it: its own count assumes that every step has the configured number of micro-batches.
-        self._engine.set_gradient_accumulation_boundary(is_last)
+    def _backward(self, loss: torch.Tensor) -> None:
         # scale_wrt_gas=False: it would also divide by the number of micro-batches; num_tokens has counted them all.
         self._engine.backward(loss, scale_wrt_gas=False)
 
@@ -221,6 +222,7 @@ class DeepSpeedEngine:
 
     def _pipelined(self, pipeline: Pipeline, batches: Sequence[DeviceBatch], factor: float) -> torch.Tensor:
         total = torch.zeros((), device=batches[0].tokens.device)
+        self._engine.set_gradient_accumulation_boundary(False)
         if self._tied is not None:
             self._tied.lend()
 
@@ -237,7 +239,7 @@ class DeepSpeedEngine:
                 # The last stage sent it before its own end, and this stage comes after all others.
                 weight = self._tied.owner.embedding.weight
                 loss = loss + inject(weight, self._tied.receive_gradient().to(weight.dtype))
-            self._backward(loss, is_last=False)
+            self._backward(loss)
 
         pipeline.run([self._hidden_shape(batch) for batch in batches], forward, backward)
         if self._tied is not None and self._tied.owner is None:
