@@ -21,15 +21,17 @@ from typing import Any
 import torch
 
 from dist_llm.cluster.exit_file import next_attempt, write_exit
+from dist_llm.cluster.health import Failure, HealthDir
 from dist_llm.cluster.owner import RunOwner
 from dist_llm.comm.clock import CommClock
-from dist_llm.comm.collectives import all_reduce_sum, broadcast_json
+from dist_llm.comm.collectives import all_reduce_max, all_reduce_sum, broadcast_json
 from dist_llm.comm.context import ParallelContext
 from dist_llm.config.load import ConfigErrors
 from dist_llm.config.rules import problems_for_ranks
 from dist_llm.config.schema import RunConfig
 from dist_llm.data.rows import RowDataset
 from dist_llm.engine.build import build_engine, choose_ops, compute_dtype, uses_deepspeed
+from dist_llm.engine.faults import ending_of
 from dist_llm.engine.launch import close_context, open_context, tune_allocator
 from dist_llm.engine.loop import Loop
 from dist_llm.engine.peak import peak_flops
@@ -37,8 +39,10 @@ from dist_llm.engine.ranks import Launch
 from dist_llm.engine.record import NullRecorder, Recorder, RunRecorder
 from dist_llm.engine.run_dir import Start, checkpoint_at, corpus_hash, decide_start, write_description
 from dist_llm.engine.stop import StopFlag
+from dist_llm.engine.watch import Watch
+from dist_llm.parallel.divide import grid_of
 from dist_llm.report.metrics import read_events
-from dist_llm.utils.errors import ConfigError, ExitCode, OutOfMemory, UserError
+from dist_llm.utils.errors import ConfigError, ExitCode, UserError
 
 __all__ = ["open_rows", "run_attempt"]
 
@@ -81,11 +85,17 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
     run_dir = Path(config.directory)
     progress: dict[str, Any] = {"step": None}
     with ExitStack() as stack:
-        stop.at_once = lambda: _say_stopped_at_once(run_dir, launch, progress)
+        stop.at_once = lambda: _say_stopped_at_once(run_dir, launch, progress, None)
         clock = stack.enter_context(CommClock())  # before DeepSpeed exists: it keeps references to the functions
         if not torch.cuda.is_available():
             tune_allocator()
-        ctx = open_context(launch, needs_process_group=deepspeed, threads=config.train.threads)
+        ctx = open_context(
+            launch,
+            needs_process_group=deepspeed,
+            threads=config.train.threads,
+            grid=grid_of(config.parallel, launch.world_size),
+            kv_heads=config.model.kv_heads,
+        )
         stack.callback(close_context)
         with _agreed(ctx, "opening the corpus"):
             train_rows, eval_rows = open_rows(config)
@@ -105,6 +115,10 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
             return ExitCode.DONE
         progress.update(step=start.step, attempt=attempt)
         stack.enter_context(_rank_log(run_dir, attempt, ctx.world.rank))
+        with _agreed(ctx, "announcing a rank in the run directory"):
+            watch = Watch(HealthDir(run_dir, attempt), run_dir, ctx, progress)
+        watch.start(ctx)
+        stop.at_once = lambda: _say_stopped_at_once(run_dir, launch, progress, watch)
         try:
             recorder: Recorder = NullRecorder()
             if ctx.is_main:
@@ -134,11 +148,11 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
             )
             code = loop.run(stop)
         except BaseException as caught:
-            out_of_memory = _out_of_memory(caught, config)
-            _write_failure(run_dir, launch, out_of_memory or caught, progress)
-            if out_of_memory is not None:
-                raise out_of_memory from caught
-            raise
+            ending = ending_of(caught, config, watch, rank=ctx.world.rank, world_size=ctx.world.size, step=progress["step"])
+            if ending is caught:
+                raise
+            raise ending from caught
+        watch.leave()
         if ctx.is_main:
             reason = {ExitCode.DONE: "finished"}.get(ExitCode(code), "asked to stop; saved")
             write_exit(run_dir, code=code, reason=reason, rank=0, host=socket.gethostname(), step=loop.step, attempt=attempt)
@@ -158,6 +172,7 @@ def _decide(
         finished = start.step >= config.train.steps and _has_finished(run_dir, config.train.steps)
         if not finished:
             described = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
+            HealthDir(run_dir, attempt).prepare()
             write_description(run_dir, config, launch, threads=torch.get_num_threads(), kernels=kernels, device=described)
         return {"attempt": attempt, "start": asdict(start), "finished": finished}
     except UserError as error:
@@ -183,11 +198,13 @@ def _agreed(ctx: ParallelContext, what: str) -> Iterator[None]:
         yield
     except UserError as caught:
         error = caught
-    (failed,) = all_reduce_sum([error is not None], ctx.world, ctx.device)
+    (code,) = all_reduce_max([error.exit_code if error is not None else 0], ctx.world, ctx.device)
     if error is not None:
         raise error
-    if failed:
-        raise UserError(f"{what} failed on {int(failed)} other rank(s); their message is the cause")
+    if code:
+        echo = UserError(f"{what} failed on another rank; its message is the cause")
+        echo.exit_code, echo.is_echo = ExitCode(int(code)), True
+        raise echo
 
 
 @contextlib.contextmanager
@@ -217,45 +234,22 @@ def _headline(config: RunConfig, launch: Launch, kernels: dict[str, str], *, dee
     )
 
 
-def _out_of_memory(error: BaseException, config: RunConfig) -> OutOfMemory | None:
-    # torch's CPU allocator has no exception of its own.
-    on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return None
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    micro, recompute = config.train.micro_batch_size, config.parallel.recompute
-    return OutOfMemory(
-        f"out of memory on {socket.gethostname()} ({first}); lower train.micro_batch_size ({micro}), set parallel.recompute=full "
-        f"({recompute}), raise parallel.zero ({config.parallel.zero}) on more ranks, or take a smaller model; --dry-run shows what each needs"
-    )
-
-
-def _write_failure(run_dir: Path, launch: Launch, error: BaseException, progress: dict[str, Any]) -> None:
-    # The first rank to fail says it; the record of the same attempt is kept against what the others would say after it.
-    code = error.exit_code if isinstance(error, UserError) else ExitCode.CHECK_FAILED
-    if isinstance(error, KeyboardInterrupt):
-        code = ExitCode.INTERRUPTED
-    try:
-        write_exit(
-            run_dir,
-            code=code,
-            reason=f"{type(error).__name__}: {error}",
+def _say_stopped_at_once(run_dir: Path, launch: Launch, progress: dict[str, Any], watch: Watch | None) -> None:
+    if watch is not None:
+        reason = "second Ctrl-C: stopped without saving"
+        stopped = Failure(
+            code=ExitCode.INTERRUPTED,
+            reason=reason,
             rank=launch.rank,
             host=socket.gethostname(),
             step=progress["step"],
-            traceback="".join(traceback.format_exception(error)),
-            attempt=progress["attempt"],
+            teller=launch.rank,
         )
-    except UserError as second:  # a full disk must not hide the first cause
-        print(f"dist-llm train: {second}", file=sys.stderr)
-
-
-def _say_stopped_at_once(run_dir: Path, launch: Launch, progress: dict[str, Any]) -> None:
-    if launch.is_main:
-        print("stopped at once; the last checkpoint is where the run goes on", file=sys.stderr, flush=True)
-        if "attempt" in progress:
-            reason = "second Ctrl-C: stopped without saving"
-            write_exit(
-                run_dir, code=ExitCode.INTERRUPTED, reason=reason, rank=0, host=socket.gethostname(), step=progress["step"],
-                attempt=progress["attempt"],
-            )  # fmt: skip
+        if watch.claim(stopped) is not stopped:
+            return  # another rank's second Ctrl-C came first and says it
+        write_exit(
+            run_dir, code=stopped.code, reason=reason, rank=launch.rank, host=stopped.host, step=stopped.step, attempt=progress["attempt"]
+        )  # fmt: skip
+    elif not launch.is_main:
+        return
+    print("stopped at once; the last checkpoint is where the run goes on", file=sys.stderr, flush=True)
