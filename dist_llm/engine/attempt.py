@@ -23,9 +23,9 @@ import torch
 from dist_llm.cluster.exit_file import next_attempt, write_exit
 from dist_llm.cluster.health import Failure, HealthDir
 from dist_llm.cluster.owner import RunOwner
-from dist_llm.comm.clock import CommClock
 from dist_llm.comm.collectives import all_reduce_max, all_reduce_sum, broadcast_json
 from dist_llm.comm.context import ParallelContext
+from dist_llm.comm.ledger import CommLedger
 from dist_llm.config.load import ConfigErrors
 from dist_llm.config.rules import problems_for_ranks
 from dist_llm.config.schema import RunConfig
@@ -86,7 +86,7 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
     progress: dict[str, Any] = {"step": None}
     with ExitStack() as stack:
         stop.at_once = lambda: _say_stopped_at_once(run_dir, launch, progress, None)
-        clock = stack.enter_context(CommClock())  # before DeepSpeed exists: it keeps references to the functions
+        ledger = stack.enter_context(CommLedger())  # before DeepSpeed exists: it keeps references to the functions
         if not torch.cuda.is_available():
             tune_allocator()
         ctx = open_context(
@@ -97,6 +97,7 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
             kv_heads=config.model.kv_heads,
         )
         stack.callback(close_context)
+        ledger.name_groups(ctx.named_groups())
         with _agreed(ctx, "opening the corpus"):
             train_rows, eval_rows = open_rows(config)
         chosen = choose_ops(config, ctx)
@@ -142,7 +143,7 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
                 eval_rows=eval_rows,
                 start=start,
                 recorder=recorder,
-                clock=clock,
+                ledger=ledger,
                 peak_flops=peak_sum if peak is not None else None,
                 progress=progress,
             )

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from dist_llm.checkpoint.save import prune, save_checkpoint
-from dist_llm.comm.clock import CommClock
 from dist_llm.comm.collectives import all_reduce_max, barrier
 from dist_llm.comm.context import ParallelContext
+from dist_llm.comm.ledger import CommLedger
 from dist_llm.config.schema import RunConfig
 from dist_llm.data.rows import RowDataset
 from dist_llm.engine.base import Engine
@@ -27,6 +27,7 @@ from dist_llm.engine.run_dir import Start, corpus_hash, versions
 from dist_llm.engine.step import StepResult, Stopped, train_step
 from dist_llm.engine.stop import StopFlag
 from dist_llm.optim.schedule import learning_rate
+from dist_llm.parallel.timeline import TimelineLog
 from dist_llm.planning.count import flops_per_token
 from dist_llm.utils.errors import ExitCode, NumericalError, StorageError
 
@@ -44,7 +45,7 @@ class Loop:
         eval_rows: validation split, or None when the corpus has none.
         start: where to begin.
         recorder: who is told.
-        clock: measures communication; must have been entered before the engine was built.
+        ledger: counts and times communication; must have been entered before the engine was built.
         peak_flops: of all devices together, for MFU; None when unknown.
         progress: its "step" is kept at the number of steps taken, for whoever has to say where a run ended.
     """
@@ -59,7 +60,7 @@ class Loop:
         eval_rows: RowDataset | None,
         start: Start,
         recorder: Recorder,
-        clock: CommClock,
+        ledger: CommLedger,
         peak_flops: float | None,
         progress: dict[str, Any] | None = None,
     ) -> None:
@@ -76,7 +77,8 @@ class Loop:
         self._tokens_per_byte = train_rows.num_eval_targets / train_rows.text_bytes
         self._eval_rows = eval_rows
         self._recorder = recorder
-        self._clock = clock
+        self._ledger = ledger
+        self._timeline = TimelineLog(config, ctx, start_step=start.step)
         self._peak_flops = peak_flops
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
 
@@ -88,7 +90,8 @@ class Loop:
         """
         config = self._config
         while self.step < config.train.steps:
-            self._clock.take()
+            self._ledger.take()
+            self._ledger.take_counts()
             lr = learning_rate(self.step + 1, optim=config.optim, steps=config.train.steps)
             result = train_step(self._engine, self._ctx, self._batches, next_sample=self._next_sample, lr=lr, stop_code=stop.code)
             if isinstance(result, Stopped):
@@ -98,6 +101,7 @@ class Loop:
             self._next_sample += config.train.batch_size
             self._tokens += result.num_tokens
             self._record(result, lr)
+            self._timeline.after_step(self.step, getattr(self._engine, "pipeline", None))  # the plain engine has none
             self._require_finite(result)
             last = self.step == config.train.steps
             if not last and config.eval.every and self.step % config.eval.every == 0:
@@ -126,6 +130,7 @@ class Loop:
         rate = result.num_tokens / result.step_s
         # The ranks wait for one another, so the slowest in communication waited least: every rank's own figures differ,
         # those of the main rank are shown. Memory is that of the fullest.
+        comm_s, counts = self._ledger.take(), self._ledger.take_counts()
         (memory,) = all_reduce_max([float(_memory_bytes(self._ctx.device))], self._ctx.world, self._ctx.device)
         record: dict[str, Any] = {
             "kind": "train",
@@ -138,11 +143,15 @@ class Loop:
             "tokens_per_s": rate,
             "step_s": result.step_s,
             "data_s": result.data_s,
-            "comm_s": self._clock.take(),
+            "comm_s": comm_s,
             "memory_bytes": int(memory),
         }
         if self._peak_flops is not None:
             record["mfu"] = rate * self._flops_per_token / self._peak_flops
+        if counts:
+            record["comm_bytes"] = round(sum(traffic.wire_bytes for traffic in counts.values()))
+            for (group, _), traffic in sorted(counts.items()):
+                record[f"comm_bytes_{group}"] = record.get(f"comm_bytes_{group}", 0) + round(traffic.wire_bytes)
         self._recorder.metrics(record)
 
     def _require_finite(self, result: StepResult) -> None:

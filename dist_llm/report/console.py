@@ -27,6 +27,7 @@ _FORMATS = {
     "step_s": ".4f",
     "data_s": ".4f",
     "comm_s": ".4f",
+    "comm_bytes": "d",
     "eval_s": ".2f",
     "memory_bytes": "d",
 }

@@ -139,6 +139,9 @@ def _cards(run: RunData) -> list[tuple[str, str]]:
     memory = numbers(run.train, "memory_bytes")[1]
     if memory:
         cards.append(("peak memory, fullest rank", byte_size(max(memory))))
+    if run.timelines:
+        last = run.timelines[-1]
+        cards.append(("pipeline bubble, in theory", f"{last.bubble:.1%}, {last.bubble_theory:.1%}"))
     return cards
 
 

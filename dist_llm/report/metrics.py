@@ -32,6 +32,8 @@ TRAIN_FIELDS = {
     "step_s": "seconds of the step, data and communication included",
     "data_s": "seconds of it spent waiting for data",
     "comm_s": "seconds of it spent in communication that compute did not hide",
+    "comm_bytes": "bytes the main rank sent, by the ring figure; absent on one rank",
+    "comm_bytes_GROUP": "the same by group: world, zero, tp, cp, pp, ...; see docs/communication.md",
     "memory_bytes": "peak memory of the fullest rank",
 }
 EVAL_FIELDS = {

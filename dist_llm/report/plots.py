@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+from dist_llm.report.pipeline_plot import caption, draw_timeline, height_inches
 from dist_llm.report.run import RunData, numbers
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Drawing", "draw_figures"]
 
 # What matplotlib draws with, and what the page calls it. The values are the light theme's; PNG files have them.
-_INK, _MUTED, _GRID = "#24292f", "#6e7781", "#d8dee4"
+_INK, _MUTED, _GRID, _PAGE = "#24292f", "#6e7781", "#d8dee4", "#ffffff"
 _BLUE, _ORANGE, _GREEN, _VIOLET = "#2166ac", "#c2570c", "#2d7f5e", "#7b4fa3"
-_THEME = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _BLUE: "blue", _ORANGE: "orange", _GREEN: "green", _VIOLET: "violet"}
+_THEME = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _PAGE: "page", _BLUE: "blue", _ORANGE: "orange", _GREEN: "green", _VIOLET: "violet"}
 _POINTS = 1500  # more than a screen has columns
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -233,6 +234,14 @@ def _stack(ax: Axes, run: RunData) -> None:
         ax.margins(x=0.02)
 
 
+def _pipeline(figure: Figure, run: RunData) -> str:
+    figure.set_figheight(height_inches(run.timelines[-1]))
+    ax = figure.subplots()
+    draw_timeline(ax, run.timelines[-1], colors=(_BLUE, _ORANGE), ink=_PAGE)
+    _legend(figure, ax)
+    return caption(run.timelines)
+
+
 def _svg(figure: Figure, name: str) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -250,19 +259,20 @@ _FIGURES: tuple[tuple[str, Callable[[Any, RunData], str]], ...] = (("loss", _los
 
 
 def draw_figures(run: RunData) -> list[Drawing]:
-    """Draw every figure of a run; a panel without numbers says so."""
+    """Draw every figure of a run; a panel without numbers says so, and only a pipeline has a timeline."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     drawings = []
-    for name, draw in _FIGURES:
+    for name, draw in (*_FIGURES, ("pipeline", _pipeline)) if run.timelines else _FIGURES:
         # hashsalt: the same run gives the same bytes.
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
             figure = Figure(figsize=(10.4, 3.9), layout=ConstrainedLayoutEngine(wspace=0.05))
             caption = draw(figure, run)
             for ax in figure.axes:
-                _step_axis(ax, run)
+                if ax.get_xlabel() == "step":
+                    _step_axis(ax, run)
             png = io.BytesIO()
             figure.savefig(png, format="png", dpi=130, facecolor="white")
             drawings.append(Drawing(name, caption, png.getvalue(), _svg(figure, name)))

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from dist_llm.report.metrics import read_events, read_metrics
+from dist_llm.report.timeline import StepTimeline, read_timelines
 from dist_llm.utils.errors import ConfigError, DataError, StorageError
 
 __all__ = ["CheckpointEntry", "RunData", "load_run", "numbers", "summary"]
@@ -42,6 +43,7 @@ class RunData:
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    timelines: list[StepTimeline] = field(default_factory=list)  # by step; only pipelines have any
     config: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +113,7 @@ def load_run(run_dir: Path) -> RunData:
         train=[r for r in records if r["kind"] == "train"],
         evals=[r for r in records if r["kind"] == "eval"],
         events=read_events(run_dir / "events.jsonl"),
+        timelines=read_timelines(run_dir / "timeline.jsonl"),
         config=config_path.read_text(encoding="utf-8") if config else "",
         environment=_read(run_dir / "env.json", json.loads, "remove it; the next `dist-llm train` writes it again"),
         results=_read(run_dir / "results.json", json.loads, "remove it, the report is drawn without it; `make quickstart` writes it again"),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_llm.comm.clock import CommClock
+from dist_llm.comm.ledger import CommLedger
 from dist_llm.comm.collectives import all_reduce_max, all_reduce_sum, barrier, broadcast_json, gather_json
 from dist_llm.comm.context import Group
 
@@ -57,7 +57,7 @@ def time_a_late_rank(world: Group) -> dict[str, Any]:
     original = dist.reduce
     dist.reduce = made_of_another
     answer: dict[str, Any] = {}
-    with CommClock() as clock:
+    with CommLedger() as clock:
         for what, call in (
             ("plain", lambda: dist.all_reduce(one)),
             ("ours", lambda: barrier(world, CPU)),
