@@ -24,6 +24,7 @@ VERBS = {
     "doctor": ("say what is installed and active on this machine, what is not, and why", "dist_llm.cli.doctor"),
     "data": ("prepare, check and show corpora", "dist_llm.cli.data"),
     "config": ("show, validate and describe configs", "dist_llm.cli.config"),
+    "plan": ("what to train, what fits, how fast, before a GPU is asked for", "dist_llm.cli.plan"),
     "train": ("train the run a config describes, or go on with it", "dist_llm.cli.train"),
     "verify": ("prove that parallel layouts compute what one process computes", "dist_llm.cli.verify"),
     "generate": ("continue a prompt with a trained run", "dist_llm.cli.generate"),
