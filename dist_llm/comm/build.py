@@ -65,6 +65,8 @@ def build_context(
         pp_back = group("pp_back", pp_ranks, shared=False)
         if pp.rank in (0, pp.size - 1):
             ends = group("ends", (pp_ranks[0], pp_ranks[-1]), shared=False)
+        else:
+            _make("alone", (rank,), rank)  # nobody uses it: every rank makes as many groups as any other, see _make
     return ParallelContext(
         device=device,
         world=world,
@@ -83,6 +85,7 @@ def build_context(
 
 
 def _make(name: str, ranks: tuple[int, ...], rank: int) -> Group:
-    # Only the members meet; the others need not even know.
+    # Only the members meet; the others need not even know. torch derives the name by which they meet from their ranks and from how
+    # many groups this process has, so all ranks must make equally many: otherwise the next grid built in this process hangs.
     handle = dist.new_group(list(ranks), use_local_synchronization=True)
     return Group(rank=ranks.index(rank), size=len(ranks), handle=handle, ranks=ranks, name=name)
