@@ -32,19 +32,20 @@ from dist_llm.kernels.impl import Impl
 from dist_llm.planning.count import flops_per_token
 from dist_llm.report.metrics import MetricsWriter
 
-__all__ = ["race_step", "step_as_text"]
+__all__ = ["RandomRows", "race_step", "step_as_text", "step_config"]
 
 ROWS, LENGTH = 12, 256
 WARM_UP = 2
 
 
-class _RandomRows:
+class RandomRows:
     """Rows of random tokens, the same for everybody: data loading is not what this race is about, but it is in our time."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
     def batch(self, numbers: range) -> Batch:
+        """The rows with these sample numbers."""
         stream = np.random.default_rng(numbers.start).integers(0, self.vocab_size, (len(numbers), LENGTH + 1))
         positions = np.broadcast_to(np.arange(LENGTH), (len(numbers), LENGTH))
         return Batch(
@@ -94,7 +95,7 @@ def _race(ctx: ParallelContext, metrics: MetricsWriter, *, rounds: int, profile:
     plain_config, deepspeed_config = step_config(engine="plain"), step_config(engine="deepspeed")
     chosen = choose_ops(plain_config, ctx)
     weights = build_model(plain_config, chosen).initial_weights(plain_config.seed)
-    rows: Any = _RandomRows(plain_config.model.vocab_size)
+    rows: Any = RandomRows(plain_config.model.vocab_size)
 
     ours = build_engine(plain_config, ctx, chosen, None)
     with_deepspeed = build_engine(deepspeed_config, ctx, chosen, None)
@@ -176,7 +177,7 @@ def _now(ctx: ParallelContext) -> float:
     return time.process_time() if _counts_cpu(ctx) else time.perf_counter()
 
 
-def _gradient_errors(config: RunConfig, chosen: dict[str, Impl], rows: _RandomRows, device: torch.device) -> dict[str, float]:
+def _gradient_errors(config: RunConfig, chosen: dict[str, Impl], rows: RandomRows, device: torch.device) -> dict[str, float]:
     """||g - g64|| / ||g64|| over all parameters at the first step, g64 from the peer's model in float64."""
     model = build_model(config, chosen)
     weights = model.initial_weights(config.seed)

@@ -10,7 +10,6 @@ from typing import Any
 from dist_llm.config.schema import RunConfig
 from dist_llm.config.write import config_hash
 from dist_llm.engine.run_dir import versions
-from dist_llm.utils.errors import StorageError
 from dist_llm.utils.files import write_json
 from dist_llm.verify.run import Outcome, Verification
 
@@ -59,7 +58,7 @@ def write_certificate(path: Path, result: Verification, config: RunConfig, *, se
     """Write what was compared, with which code, and every figure.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: the file cannot be written; an older one is untouched.
     """
     certificate = {
         "config": config.name,
@@ -70,10 +69,7 @@ def write_certificate(path: Path, result: Verification, config: RunConfig, *, se
         "seconds": round(seconds, 1),
         **as_dict(result),
     }
-    try:
-        write_json(path, certificate)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; choose another file with --out") from error
+    write_json(path, certificate)
 
 
 def _outcome(outcome: Outcome, tolerance: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,7 @@ from dist_llm.config.schema import RunConfig
 from dist_llm.parallel.divide import grid_of
 from dist_llm.planning.count import parameter_shapes
 from dist_llm.verify.figures import Figures, compare, take_steps
+from dist_llm.verify.outputs import part_names
 from dist_llm.verify.rows import MadeUpRows
 
 __all__ = ["layouts_program", "plain_program"]
@@ -66,11 +67,11 @@ def layouts_program(
 
 
 def _in_order(figures: Figures, run: RunConfig) -> Figures:
-    """Names in the model's order, which files do not keep; the first that differs is then the first on the way forward."""
+    """Names in the model's order, which files do not keep; what is named as the first that differs depends on it."""
     names = list(parameter_shapes(run.model))
-    return Figures(
-        figures.losses,
-        figures.norms,
-        {name: figures.gradients[name] for name in names},
-        {name: figures.weights[name] for name in names},
+    return replace(
+        figures,
+        gradients={name: figures.gradients[name] for name in names},
+        weights={name: figures.weights[name] for name in names},
+        outputs={name: figures.outputs[name] for name in part_names(run) if name in figures.outputs},
     )
