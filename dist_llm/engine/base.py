@@ -13,6 +13,7 @@ from dist_llm.data.rows import IGNORE
 from dist_llm.kernels.cross_entropy.reference import CrossEntropyFn, cross_entropy_reference
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.next_token import next_token_nll
+from dist_llm.parallel.pipeline import Pipeline
 
 __all__ = ["DeviceBatch", "Engine", "LossModule", "TrainState"]
 
@@ -67,6 +68,11 @@ class Engine(Protocol):
     """One training step and the state around it."""
 
     loss_module: LossModule
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """What knows when each action of the last step ran; None without a pipeline."""
+        ...
 
     def train_step(self, batches: Sequence[DeviceBatch], *, num_tokens: int, lr: float) -> tuple[torch.Tensor, float]:
         """Take one optimiser step on the micro-batches of this rank.

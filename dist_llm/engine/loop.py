@@ -101,7 +101,7 @@ class Loop:
             self._next_sample += config.train.batch_size
             self._tokens += result.num_tokens
             self._record(result, lr)
-            self._timeline.after_step(self.step, getattr(self._engine, "pipeline", None))  # the plain engine has none
+            self._timeline.after_step(self.step, self._engine.pipeline)  # the plain engine has none
             self._require_finite(result)
             last = self.step == config.train.steps
             if not last and config.eval.every and self.step % config.eval.every == 0:

@@ -141,7 +141,7 @@ def _cards(run: RunData) -> list[tuple[str, str]]:
         cards.append(("peak memory, fullest rank", byte_size(max(memory))))
     if run.timelines:
         last = run.timelines[-1]
-        cards.append(("pipeline bubble, in theory", f"{last.bubble:.1%}, {last.bubble_theory:.1%}"))
+        cards.append((f"pipeline bubble; {last.bubble_theory:.1%} in theory", f"{last.bubble:.1%}"))
     return cards
 
 

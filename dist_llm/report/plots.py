@@ -237,7 +237,7 @@ def _stack(ax: Axes, run: RunData) -> None:
 def _pipeline(figure: Figure, run: RunData) -> str:
     figure.set_figheight(height_inches(run.timelines[-1]))
     ax = figure.subplots()
-    draw_timeline(ax, run.timelines[-1], colors=(_BLUE, _ORANGE), ink=_PAGE)
+    draw_timeline(ax, run.timelines[-1], colors=(_BLUE, _ORANGE), page=_PAGE, ink=_INK)
     _legend(figure, ax)
     return caption(run.timelines)
 
