@@ -1,7 +1,6 @@
-"""Bytes a rank needs for a run: parameters, gradients, optimiser, activations, logits; and bytes on disk for a checkpoint.
+"""Bytes a rank needs for a run that a config describes, and bytes on disk for its checkpoints.
 
-States are exact up to padding; activations are an estimate from what autograd keeps for the backward pass of this model's
-layers (compare Korthikanti et al., arXiv:2205.05198, section 4, for a GPT block with fused attention).
+The arithmetic is that of ``planning.rank_memory``, whose figures are exact for states; here a config becomes its shapes.
 """
 
 from __future__ import annotations
@@ -9,14 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_llm.config.schema import RunConfig
+from dist_llm.planning.activations import Saving
+from dist_llm.planning.bookkeeping import OURS
 from dist_llm.planning.count import count_params
+from dist_llm.planning.layout_shape import LayoutShape
+from dist_llm.planning.rank_memory import RankBytes, memory_of
+from dist_llm.planning.shapes import from_config
+from dist_llm.planning.stage_tensors import stages_of
+from dist_llm.planning.state_bytes import StateBytes, state_bytes
 
-__all__ = ["RankMemory", "checkpoint_bytes", "rank_memory"]
+__all__ = ["RankMemory", "checkpoint_bytes", "layout_of", "rank_bytes", "rank_memory", "rank_states"]
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank."""
+    """Bytes on one rank: tensors only, without communication buffers, the device's context and the allocator's share."""
 
     parameters: int
     gradients: int
@@ -30,47 +36,90 @@ class RankMemory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def rank_memory(config: RunConfig, dp: int, *, plain: bool) -> RankMemory:
-    """Estimate for one of ``dp`` ranks.
+def rank_memory(config: RunConfig, ranks: int, *, plain: bool) -> RankMemory:
+    """What the fullest rank keeps.
 
     Args:
         config: the run.
-        dp: data-parallel ranks.
+        ranks: of the launch; data parallelism takes what tp, cp and pp leave of them.
         plain: the plain engine, which divides nothing and keeps only fp32 parameters.
     """
-    params = count_params(config.model).total
-    zero = 0 if plain else config.parallel.zero
-    bf16 = config.precision == "bf16"
-    low = 2 if bf16 and zero > 0 else 4  # bytes of a parameter in the module
-    masters = 4 if low == 2 else 0  # a second, fp32 copy
-    share = [-(-params // dp) if zero >= stage else params for stage in (1, 2, 3)]
-    return RankMemory(
-        parameters=low * share[2],
-        gradients=4 * share[1],  # accumulated in fp32
-        optimizer=(masters + 8) * share[0],
-        activations=_activation_bytes(config),
-        logits=_logit_bytes(config),
+    full = rank_bytes(config, ranks, plain=plain)
+    return RankMemory(full.parameters, full.gradients, full.masters + full.optimizer, full.activations, full.logits)
+
+
+def rank_bytes(config: RunConfig, ranks: int, *, plain: bool = False, stage: int | None = None, overlaps: bool = True) -> RankBytes:
+    """All that a rank of ``stage`` (default: the fullest) needs, buffers and slack included; arguments as ``rank_memory``.
+
+    overlaps: communication overlaps the backward, as it does on CUDA.
+    """
+    parallel = config.parallel
+    kernels = (config.kernels.rms_norm, config.kernels.attention, config.kernels.cross_entropy)
+    return memory_of(
+        from_config(config.model, config.data.seq_len),
+        layout_of(config, ranks, plain=plain),
+        precision=config.precision,
+        stage=stage,
+        # Without a word in the config the compiled kernels are assumed; all of the plain ones save more.
+        saving=Saving(reference=all(name == "reference" for name in kernels)),
+        bookkeeping=OURS,
+        recompute_layers=parallel.recompute_layers,
+        exchanges_heads=parallel.cp_kind == "all_to_all" and not plain,
+        offload_optimizer=parallel.offload_optimizer != "none" and not plain,
+        offload_parameters=parallel.offload_parameters != "none" and not plain,
+        overlaps=overlaps,
     )
+
+
+def rank_states(config: RunConfig, ranks: int, *, stage: int = 0, tp_rank: int = 0, zero_rank: int = 0, plain: bool = False) -> StateBytes:
+    """States of one rank, to the byte.
+
+    Args:
+        config: the run.
+        ranks: of the launch.
+        stage: pipeline rank.
+        tp_rank: tensor-parallel rank.
+        zero_rank: rank among those that ZeRO divides over, dp x cp.
+        plain: as in ``rank_memory``.
+    """
+    model, layout, parallel = from_config(config.model, config.data.seq_len), layout_of(config, ranks, plain=plain), config.parallel
+    return state_bytes(
+        model,
+        stages_of(model, layout.pp, layout.virtual_pp)[stage],
+        tp=layout.tp,
+        ep=1,
+        zero=layout.zero,
+        zero_ranks=layout.dp * layout.cp,
+        expert_ranks=1,
+        bf16=config.precision == "bf16",
+        tp_rank=tp_rank,
+        zero_rank=zero_rank,
+        offload_optimizer=parallel.offload_optimizer != "none" and not plain,
+        offload_parameters=parallel.offload_parameters != "none" and not plain,
+    )
+
+
+def layout_of(config: RunConfig, ranks: int, *, plain: bool = False) -> LayoutShape:
+    """The layout of ``config`` on ``ranks`` ranks; the plain engine's is that of one rank.
+
+    Raises:
+        ValueError: the axes do not divide the ranks.
+    """
+    p, train = config.parallel, config.train
+    if plain:
+        return LayoutShape(
+            zero=0, micro_batch=train.micro_batch_size, global_batch=train.batch_size, recompute=p.recompute,
+            precision=config.precision, sequence_parallel=False,
+        )  # fmt: skip
+    axes = p.tp * p.cp * p.pp
+    if ranks % axes != 0:
+        raise ValueError(f"{ranks} ranks must be divisible by parallel.tp x cp x pp = {axes}")
+    return LayoutShape(
+        tp=p.tp, pp=p.pp, cp=p.cp, dp=ranks // axes, zero=p.zero, micro_batch=train.micro_batch_size, global_batch=train.batch_size,
+        virtual_pp=p.chunks, recompute=p.recompute, precision=config.precision, sequence_parallel=p.sequence_parallel and p.tp > 1,
+    )  # fmt: skip
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Size of one checkpoint: masters and two moments in fp32."""
     return 12 * count_params(config.model).total
-
-
-def _activation_bytes(config: RunConfig) -> int:
-    model, rows = config.model, config.train.micro_batch_size
-    tokens = rows * config.data.seq_len
-    size = 2 if config.precision == "bf16" else 4
-    attention = 2 * model.num_heads * model.head_size + 2 * model.kv_heads * model.head_size  # q, k, v, out
-    mlp = (4 if model.activation == "swiglu" else 2) * model.ffn_size
-    per_token = 6 * model.d_model + attention + mlp  # two residuals, two norm outputs, two sub-layer outputs
-    if config.parallel.recompute == "full":
-        return tokens * size * (model.num_layers * model.d_model + per_token)  # block inputs, and one block at a time
-    return tokens * size * model.num_layers * per_token
-
-
-def _logit_bytes(config: RunConfig) -> int:
-    # Logits in the compute dtype, their fp32 copy, log-probabilities and their gradient.
-    tokens = config.train.micro_batch_size * config.data.seq_len
-    return tokens * config.model.vocab_size * ((2 if config.precision == "bf16" else 4) + 12)

@@ -1,0 +1,199 @@
+"""What autograd keeps for the backward pass of one micro-batch, layer by layer, on one rank.
+
+Counted from the trainer's own layers with its compiled kernels (csrc/): a tensor that several operations save counts once, as
+in memory. Per token and layer, with D the width of the residual stream, N and K query and key-value heads of size H, F the width
+of the MLP, t tensor-parallel ranks and b bytes an element:
+
+    residual stream, twice          2 D b        / t under sequence parallelism
+    outputs of the two norms        2 D b        whole also under sequence parallelism: the gathered tensor is what is saved
+    query, key, value, result       (2 N + 2 K) H b / t
+    log-sum-exp of attention        4 N / t
+    MLP                             4 F b / t gated (gate, silu, up, product), 2 F b / t with gelu
+    statistics of the norms         8 (root mean square) or, of LayerNorm, 4 b
+
+Compare Korthikanti et al., arXiv:2205.05198, section 4, whose 34 s b h are those of dropout masks and unfused kernels.
+docs/planning/memory.md has the measured figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from dist_llm.planning.layout_shape import LayoutShape
+from dist_llm.planning.shapes import ModelShape
+
+__all__ = ["OURS", "Kept", "Saving", "kept_for_backward"]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a training system's layers save, where systems differ; the defaults are the trainer's own layers.
+
+    fused_attention: the T x T scores are never written; else scores and probabilities, in the compute dtype, and a mask.
+    gathers_again: under sequence parallelism only the divided tensor is saved and the backward gathers it again (Megatron-LM).
+    gated_tensors: tensors as wide as the MLP that a gated one saves: 4; 3 where gate and product are one kernel; 2 where the
+        product is computed again.
+    input_size: bytes of an element that a matrix product saves of its input, where it is not the compute dtype's (8-bit formats).
+    selective: what recomputation called selective keeps besides the input of a block. ``attention``: all but what lies between
+        the projections (Korthikanti et al., arXiv:2205.05198, section 5). ``products``: the results of attention and of matrix
+        products. ``half``: of attention and of every second product.
+    reference: plain PyTorch instead of compiled kernels: norms, attention and loss save fp32 copies.
+    casts_weights: each product saves a copy of its weight in the compute dtype (the module's parameters are fp32).
+    dropout: one byte an element for the masks of the two sub-layers' results.
+    """
+
+    fused_attention: bool = True
+    gathers_again: bool = False
+    gated_tensors: int = 4
+    input_size: int | None = None
+    selective: Literal["attention", "products", "half"] = "attention"
+    reference: bool = False
+    casts_weights: bool = False
+    dropout: bool = False
+
+
+OURS = Saving()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one micro-batch leaves behind on a rank between its forward and its backward.
+
+    layer, expert_layer: a dense block and one with experts, at the layout's recomputation. layer_whole, expert_layer_whole: without
+    any. layer_again, expert_layer_again: what exists besides while the backward works on one recomputed block. first: of the embedding. last: of the final norm and the
+    loss without the logits. logits: of the head. lent_head: the cast copy of a tied head that another stage lends. shared: once for all blocks of a stage (rotary tables). stream: hidden states
+    that go from stage to stage. working: gradients of
+    activations in passage while the backward works on one block.
+    """
+
+    layer: int
+    expert_layer: int
+    layer_whole: int
+    expert_layer_whole: int
+    layer_again: int
+    expert_layer_again: int
+    first: int
+    last: int
+    logits: int
+    lent_head: int
+    shared: int
+    stream: int
+    working: int
+
+
+@lru_cache(maxsize=4096)
+def kept_for_backward(model: ModelShape, layout: LayoutShape, size: int, saving: Saving = OURS, exchanges_heads: bool = False) -> Kept:
+    """Bytes kept by the parts of ``model`` for one micro-batch of ``layout``.
+
+    Args:
+        model: shape.
+        layout: micro-batch, tp, cp, ep, sequence parallelism and recomputation are read.
+        size: bytes of an element of the compute dtype.
+        saving: what the layers save.
+        exchanges_heads: context parallelism by all-to-all, which saves attention's result on both sides of the exchange.
+    """
+    tp, d, head = layout.tp, model.d_model, model.head_dim
+    tokens = layout.micro_batch * model.seq_len // layout.cp
+    divided = layout.sequence_parallel and tp > 1
+    own = tokens // tp if divided else tokens  # tokens of the residual stream
+    entering = own if divided and saving.gathers_again else tokens
+    heads, kv_heads = model.num_heads // tp or 1, max(1, model.num_kv_heads // tp)
+    query, key = tokens * heads * head * size, tokens * kv_heads * head * size
+    stream = own * d * size
+
+    statistics = own * (2 * size if model.norm == "layer_norm" else 4)
+    input_size = saving.input_size or size
+    norm_input, norm_output = stream, entering * d * input_size
+    if saving.reference and model.norm == "rms_norm":
+        norm_input = own * d * 4 * 2  # the fp32 copy, or x itself, and x / rms
+    norms = 2 * (norm_input + norm_output + statistics)
+
+    if saving.reference:
+        # Queries, keys and values in fp32, a copy of keys and values for each query head; scores and probabilities; the mask.
+        attention = query + 3 * tokens * heads * head * 4 + tokens * heads * (8 * model.seq_len + 4) + model.seq_len**2
+    elif saving.fused_attention:
+        attention = 2 * (query + key) + tokens * heads * 4
+    else:
+        attention = 2 * (query + key) + tokens * heads * model.seq_len * (2 * size + 1)
+    if exchanges_heads and layout.cp > 1:
+        attention += query
+    if input_size != size:
+        attention += query // size * input_size  # the result once more, as the next product's input
+    # Bytes a hidden feature: what the non-linearity needs and, unless it is made again, the input of the last product.
+    ffn = tokens * (size + input_size)
+    if model.gated:
+        ffn = tokens * ((saving.gated_tensors - 1) * size + input_size if saving.gated_tensors > 2 else 2 * size)
+    masks = 2 * own * d if saving.dropout else 0
+    cast_norm = d * size * (2 if model.norm == "layer_norm" and model.bias else 1)
+    cast_attention = cast_mlp = cast_expert = cast_head = 0
+    if size < 4 and not saving.casts_weights:
+        # Of parameters that several tensor-parallel ranks hold, gradients are summed in fp32: they are cast there and back.
+        shared_norm = cast_norm if divided else 0
+        shared_heads = 2 * kv_heads * head * d * size if tp > model.num_kv_heads else 0
+        cast_attention, cast_head = 2 * shared_norm + shared_heads, shared_norm
+    elif size < 4:
+        cast_attention = model.attention_weights // tp * size + 2 * cast_norm
+        cast_mlp = model.mlp_weights // tp * size
+        cast_expert = model.num_experts // layout.ep * model.expert_weights * size
+        cast_head = -(-model.vocab_size // tp) * d * size + cast_norm
+    block = norms + attention + masks + cast_attention
+    dense = block + ffn * model.ffn_dim // tp + cast_mlp
+    moe = 0
+    if model.moe_layers:
+        moe = block + _expert_bytes(model, layout, own, size, input_size, ffn // tokens) + cast_expert
+
+    positions = tokens * head * 4 if not model.learned_positions else 0  # cosine and sine, fp32
+    whole_dense, whole_moe, again = dense, moe, 0
+    selective = layout.recompute == "selective" and saving.selective == "attention"
+    if layout.recompute == "full":
+        dense, moe = stream, (stream if moe else 0)
+    elif layout.recompute == "selective":
+        if selective:
+            # Saved instead of what attention saves: its inputs before rotation, and its result for the next product.
+            fused = 2 * (query + key)
+            # Besides these exist once more, for a block: what attention saves but its values, and without rotation its inputs.
+            again = attention - (key if positions else query + 2 * key)
+            dense, moe = dense - attention + fused, (moe - attention + fused if moe else 0)
+        else:
+            share = 2 if saving.selective == "half" else 1
+            products = query + 2 * key + 2 * stream
+            wide = tokens * size * (2 if model.gated else 1)
+            dense = min(dense, stream + query + (products + wide * model.ffn_dim // tp) // share)
+            if moe:
+                active = model.experts_per_token + model.shared_experts
+                moe = min(moe, stream + query + (products + wide * active * model.expert_ffn // tp) // share)
+    rows = -(-model.vocab_size // tp)
+    final_norm = stream + norm_output + statistics
+    if saving.reference and model.norm == "rms_norm":
+        final_norm = norm_input + norm_output + statistics
+    return Kept(
+        layer=dense,
+        expert_layer=moe,
+        layer_whole=whole_dense,
+        expert_layer_whole=whole_moe,
+        layer_again=again if selective else whole_dense - dense,
+        expert_layer_again=again if selective and moe else whole_moe - moe,
+        first=tokens * (8 if tp == 1 else 9) + (tokens * 8 if model.learned_positions else 0),
+        last=final_norm + tokens * (16 if tp == 1 else 20) + cast_head,
+        logits=tokens * rows * (4 if saving.reference else size),
+        lent_head=rows * d * size if size < 4 and not saving.casts_weights else 0,
+        shared=positions,
+        stream=stream,
+        working=2 * stream + tokens * size * (2 if model.gated else 1) * max(model.ffn_dim, model.expert_ffn if moe else 0) // tp,
+    )
+
+
+def _expert_bytes(model: ModelShape, layout: LayoutShape, own: int, size: int, input_size: int, hidden: int) -> int:
+    """A layer of experts, by formula: router in fp32, tokens as sent and as computed, and their combination.
+
+    Each of the ``own`` tokens of the residual stream is computed by ``experts_per_token`` experts; over the ranks that share
+    experts the load is taken as even. hidden: bytes a hidden feature.
+    """
+    routed = own * model.experts_per_token
+    router = own * model.num_experts * (4 + 4) + routed * (4 + 8)  # logits, probabilities; weights and numbers of those chosen
+    # What experts read, and their results, which the gradient of the combination's weights needs.
+    streams = routed * model.d_model * (input_size + size)
+    shared = own * hidden * model.shared_experts * model.expert_ffn // (1 if layout.sequence_parallel else layout.tp)
+    return router + streams + routed * hidden * model.expert_ffn + shared
