@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_llm.topology.schedule import SCHEDULES, Action, bubble_fraction, orders
 from dist_llm.topology.simulate import Timeline, simulate
+from tests.timing import best_cpu_seconds
 
 COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 stages, micros = st.integers(1, 9), st.integers(1, 20)
@@ -103,9 +102,8 @@ def test_the_slowest_stage_sets_the_pace() -> None:
 
 
 def test_64_stages_of_512_micro_batches_take_a_fraction_of_a_second() -> None:
-    began = time.process_time()
     timeline = simulate(orders("1f1b", 64, 512), equal_cost)
-    assert time.process_time() - began < 0.3  # 0.05 s where nothing else runs
+    assert best_cpu_seconds(lambda: simulate(orders("1f1b", 64, 512), equal_cost)) < 0.3  # 0.05 s where nothing else runs
     assert timeline.bubble == pytest.approx(bubble_fraction(64, 512), abs=ROUNDING)
 
 
