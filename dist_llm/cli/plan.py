@@ -1,6 +1,9 @@
 """Plan a run before a GPU is asked for: what to train, what fits, how fast.
 
-dist-llm plan predict runs.csv --json     step times of published runs from the planner's model, beside the measured ones
+dist-llm plan --gpus 64xH100-80G --days 14                              the best model for devices and time, its layouts, what they cost
+dist-llm plan --model CONFIG --tokens 300B --gpus 64xH100-80G           the layouts of a given model; --write DIR: the config and the sbatch file
+dist-llm plan --flops 1e22 --moe 8x2                                    a mixture of experts for that compute, on 1 to 16,384 devices
+dist-llm plan predict runs.csv --json                                   step times of published runs from the planner's model, beside the measured ones
 """
 
 from __future__ import annotations
