@@ -37,9 +37,7 @@ def _race(ctx: ParallelContext, rounds: int) -> dict[str, Any]:
     with CommLedger() as ledger:  # before DeepSpeed exists: it keeps references to the functions
         config = step_config(engine="plain")
         whole = config.model_copy(
-            update={
-                "train": config.train.model_copy(update={"batch_size": RANKS * ROWS, "micro_batch_size": ROWS, "engine": "deepspeed"})
-            }
+            update={"train": config.train.model_copy(update={"batch_size": RANKS * ROWS, "micro_batch_size": ROWS, "engine": "deepspeed"})}
         )
         alone = ParallelContext(device=ctx.device)
         chosen = choose_ops(config, ctx)

@@ -2,6 +2,8 @@
 
 dist-llm bench speed --json              tokens/s of a few model sizes; start it with a launcher to measure several ranks
 dist-llm bench step --threads 1 --json   one rank under our loop against plain PyTorch code of the same model
+dist-llm bench coord-check CONFIG        sizes of activations over widths, with and without muP
+dist-llm bench machine --out FILE        products, memory and collectives of this machine, as a cluster description for `plan`
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+
+from dist_llm.cli import bench_coord_check, bench_machine
 
 __all__ = ["add_arguments", "run"]
 
@@ -34,13 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--malloc", choices=["tuned", "default"], default="tuned", help="glibc's allocator: as `train` sets it, or as it comes"
     )
     step.add_argument("--profile", action="store_true", help="also print where the time of our step goes")
-    for case in (speed, step):
+    coord_check = cases.add_parser("coord-check", help="sizes of activations over widths, with and without muP")
+    bench_coord_check.add_arguments(coord_check)
+    machine = cases.add_parser("machine", help="what this machine does, as a cluster description for `plan`")
+    bench_machine.add_arguments(machine)
+    for case in (speed, step, coord_check, machine):
         case.add_argument("--json", action="store_true", help="answer with one JSON object on stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``dist-llm bench``."""
-    return _speed(arguments) if arguments.case == "speed" else _step(arguments)
+    return _CASES[arguments.case](arguments)
 
 
 def _speed(arguments: argparse.Namespace) -> int:
@@ -91,3 +99,6 @@ def _step(arguments: argparse.Namespace) -> int:
     print(json.dumps(answer) if arguments.json else step_as_text(answer))
     # A tenth: by how much more two equally careful bf16 programs can differ, depending on which way they happen to round.
     return ExitCode.CHECK_FAILED if answer["err"] > 1.1 * answer["peer_err"] else ExitCode.DONE
+
+
+_CASES = {"speed": _speed, "step": _step, "coord-check": bench_coord_check.run, "machine": bench_machine.run}

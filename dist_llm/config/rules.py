@@ -48,6 +48,14 @@ def _rotary_needs_even_heads(config: RunConfig) -> str | None:
     return f"rotary turns pairs of numbers, so the size of a head must be even, not {m.head_size} = {source}; change it, or use learned"
 
 
+def _base_head_needs_base_width(config: RunConfig) -> str | None:
+    """`model.mup_base_head_dim` is given only with `model.mup_base_width`."""
+    m = config.model
+    if m.mup_base_head_dim is None or m.mup_base_width is not None:
+        return None
+    return f"{m.mup_base_head_dim} has no meaning without muP; give model.mup_base_width as well, or leave it out"
+
+
 def _row_fits_model(config: RunConfig) -> str | None:
     """`data.seq_len` is at most `model.max_seq_len`."""
     if config.data.seq_len <= config.model.max_seq_len:
@@ -149,17 +157,25 @@ def _zero_fits_pipeline(config: RunConfig) -> str | None:
 
 
 def _offload_fits_zero(config: RunConfig) -> str | None:
-    """Offload needs ZeRO: the optimiser's stage 1 or more (3 for nvme), the parameters' stage 3; nvme needs `parallel.offload_path`."""
+    """Offload needs ZeRO: the optimiser's stage 1 or more, the parameters' stage 3. nvme is refused: see docs/parallelism.md."""
     p = config.parallel
     if p.offload_parameters != "none" and p.zero < 3:
         return f"{p.zero} keeps parameters whole on each rank; parallel.offload_parameters {p.offload_parameters} needs parallel.zero 3"
     if p.offload_optimizer != "none" and p.zero < 1:
         return f"{p.zero} divides no optimiser state; parallel.offload_optimizer {p.offload_optimizer} needs parallel.zero 1 or more"
-    if p.offload_optimizer == "nvme" and p.zero < 3:
-        return f"{p.zero} cannot keep optimiser state on NVMe: DeepSpeed does that in stage 3 only; use parallel.zero 3, or offload to cpu"
-    if "nvme" in (p.offload_optimizer, p.offload_parameters) and p.offload_path is None:
-        return f"{p.zero} with nvme needs parallel.offload_path, a directory on a local disk"
     return None
+
+
+def _nvme_is_refused(config: RunConfig) -> str | None:
+    """Nothing is offloaded to `nvme`."""
+    p = config.parallel
+    if p.offload_optimizer != "nvme" and p.offload_parameters != "nvme":
+        return None
+    key = "parallel.offload_optimizer" if p.offload_optimizer == "nvme" else "parallel.offload_parameters"
+    return (
+        f"{key} nvme needs DeepSpeed's async_io operator, which is compiled against libaio (libaio-dev) at first use, and keeps state in "
+        f"swap files that checkpoints cannot be read from or written to yet; use {key} cpu, or more ranks"
+    )
 
 
 def _recompute_layers_fit(config: RunConfig) -> str | None:
@@ -225,6 +241,7 @@ RULES = (
     Rule(("model.d_model", "model.num_heads", "model.head_dim"), _heads_divide_width),
     Rule(("model.num_kv_heads", "model.num_heads"), _kv_heads_divide_heads),
     Rule(("model.position", "model.head_dim", "model.d_model", "model.num_heads"), _rotary_needs_even_heads),
+    Rule(("model.mup_base_head_dim", "model.mup_base_width"), _base_head_needs_base_width),
     Rule(("data.seq_len", "model.max_seq_len"), _row_fits_model),
     Rule(("train.batch_size", "train.micro_batch_size", "parallel.dp"), _batch_is_whole),
     Rule(("optim.warmup_steps", "train.steps"), _warmup_fits),
@@ -239,7 +256,8 @@ RULES = (
     Rule(("parallel.chunks", "parallel.schedule"), _chunks_fit_alone),
     Rule(("parallel.schedule", "parallel.pp", "parallel.chunks"), _interleaved_needs_stages),
     Rule(("parallel.zero", "parallel.pp"), _zero_fits_pipeline),
-    Rule(("parallel.zero", "parallel.offload_optimizer", "parallel.offload_parameters", "parallel.offload_path"), _offload_fits_zero),
+    Rule(("parallel.zero", "parallel.offload_optimizer", "parallel.offload_parameters"), _offload_fits_zero),
+    Rule(("parallel.offload_optimizer", "parallel.offload_parameters"), _nvme_is_refused),
     Rule(("parallel.recompute_layers", "parallel.recompute"), _recompute_layers_fit),
 )
 

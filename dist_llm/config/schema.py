@@ -68,6 +68,16 @@ class ModelConfig(Section):
         gt=0,
         description="Standard deviation of initial weights; projections back into the residual stream are divided by sqrt(2 num_layers).",
     )
+    mup_base_width: int | None = Field(
+        None,
+        ge=1,
+        description="muP (arXiv:2203.03466): the d_model at which lr, init_std and weight_decay were tuned. They, the logits and the attention scores are scaled from it to d_model, so that the best lr stays the same; null: no scaling. docs/planning/mup.md.",
+    )
+    mup_base_head_dim: int | None = Field(
+        None,
+        ge=1,
+        description="muP: size of a head at mup_base_width; default head_dim where that is given (wider models have more heads), else mup_base_width / num_heads (wider models have larger ones).",
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -78,6 +88,15 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Size of one head, resolved."""
         return self.head_dim if self.head_dim is not None else self.d_model // self.num_heads
+
+    @property
+    def mup_base_head_size(self) -> float:
+        """Size of a head at the base width of muP, resolved; that of this model without muP."""
+        if self.mup_base_width is None:
+            return self.head_size
+        if self.mup_base_head_dim is not None:
+            return self.mup_base_head_dim
+        return self.head_dim if self.head_dim is not None else self.mup_base_width / self.num_heads
 
     @property
     def ffn_size(self) -> int:
@@ -196,6 +215,11 @@ class LogConfig(Section):
         "off", description="Mirror the metrics to Weights & Biases; offline writes to wandb/ in the run directory."
     )
     wandb_project: str = Field("dist_llm", description="wandb project.")
+    timeline_every: int = Field(
+        0,
+        ge=0,
+        description="With a pipeline: record its timeline every so many steps; 0: only the third step of each attempt, which is always recorded.",
+    )
 
 
 class KernelsConfig(Section):

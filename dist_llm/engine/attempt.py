@@ -32,6 +32,7 @@ from dist_llm.config.schema import RunConfig
 from dist_llm.data.rows import RowDataset
 from dist_llm.engine.build import build_engine, choose_ops, compute_dtype, uses_deepspeed
 from dist_llm.engine.faults import ending_of
+from dist_llm.engine.forecast import write_forecast
 from dist_llm.engine.launch import close_context, open_context, tune_allocator
 from dist_llm.engine.loop import Loop
 from dist_llm.engine.peak import peak_flops
@@ -133,6 +134,9 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
             (peak_sum,) = all_reduce_sum([peak or 0.0], ctx.world, ctx.device)
             with _agreed(ctx, "building the engine"):
                 checkpoint = checkpoint_at(start)
+            if ctx.is_main:
+                known = peak_sum if peak is not None else None
+                write_forecast(config, ctx, recorder.note, plain=not deepspeed, attempt=attempt, start=start, peak=peak, peak_sum=known)
             engine = build_engine(config, ctx, chosen, checkpoint)
             stack.callback(engine.close)
             loop = Loop(

@@ -1,6 +1,6 @@
-"""The only file that knows DeepSpeed.
+"""With ``engine/deepspeed_config.py``, the only file that knows DeepSpeed.
 
-What DeepSpeed does to a loss is undone here, one comment each; its config is generated from ours and never written by a user.
+What DeepSpeed does to a loss is undone here, one comment each; its config is generated there from ours, never written by a user.
 It divides state and sums gradients over the ranks of ``ctx.zero`` (data x context parallel); the other axes are ours, and it
 learns of them only where it needs to: which ranks share a model, and which of them counts a parameter in the gradient norm.
 State goes in and out under logical names, through its tensor-fragment calls, so that nothing outside sees a partition.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,65 +22,16 @@ from torch import nn
 from dist_llm.comm.context import ParallelContext
 from dist_llm.config.schema import RunConfig
 from dist_llm.engine.base import DeviceBatch, LossModule, TrainState
+from dist_llm.engine.deepspeed_config import deepspeed_config, import_deepspeed
 from dist_llm.optim.adamw import build_adamw, set_learning_rate
 from dist_llm.parallel.pipeline import Pipeline, inject
 from dist_llm.parallel.state import whole_tensors
 from dist_llm.parallel.tied_head import TiedHead
 from dist_llm.planning.stages import stage_layers
 
-__all__ = ["DeepSpeedEngine", "deepspeed_config", "parameters_are_masters"]
+__all__ = ["DeepSpeedEngine"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def parameters_are_masters(config: RunConfig) -> bool:
-    """True when the module's own parameters are the fp32 masters.
-
-    In bf16, ZeRO 1-3 keep the masters in their partitions and the module in bf16. Stage 0 has no fp32 accumulation for bf16
-    parameters (DeepSpeed raises NotImplementedError for the mix), so there the module stays fp32 and its layers cast, as in
-    the plain engine: the precision table holds at every stage.
-    """
-    return config.precision == "fp32" or config.parallel.zero == 0
-
-
-def deepspeed_config(config: RunConfig, zero_size: int) -> dict[str, Any]:
-    """DeepSpeed's config for this run, from our precision table and batch arithmetic.
-
-    Args:
-        config: the run.
-        zero_size: data parallel ranks times context parallel ones.
-    """
-    micro, parallel = config.train.micro_batch_size, config.parallel
-    accumulation = config.train.batch_size * parallel.cp // (micro * zero_size)
-    zero: dict[str, Any] = {
-        "stage": parallel.zero,
-        # On one stream (CPU) overlap has nothing to overlap with; on CUDA it hides the reduction behind backward.
-        "overlap_comm": torch.cuda.is_available() and parallel.zero > 0,
-    }
-    if parallel.offload_optimizer != "none":
-        zero["offload_optimizer"] = _offload(parallel.offload_optimizer, parallel.offload_path)
-    if parallel.offload_parameters != "none":
-        zero["offload_param"] = _offload(parallel.offload_parameters, parallel.offload_path)
-    return {
-        # It checks that this is the product of the next two and its ranks, of which cp share the same rows.
-        "train_batch_size": config.train.batch_size * parallel.cp,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        # Stage 0 clips without telling the norm; we do it there, see DeepSpeedEngine._clip.
-        "gradient_clipping": config.optim.clip_norm if parallel.zero > 0 else 0.0,
-        "bf16": {"enabled": not parameters_are_masters(config)},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW with fused=True is ours to vouch for: tests compare it
-        "zero_force_ds_cpu_optimizer": False,  # the same with offload: its own CPU optimiser would be compiled at first use
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
-
-
-def _offload(where: str, path: str | None) -> dict[str, Any]:
-    return {"device": where, "pin_memory": torch.cuda.is_available(), **({"nvme_path": path} if where == "nvme" else {})}
 
 
 class _Mpu:
@@ -144,7 +94,7 @@ class DeepSpeedEngine:
     """ZeRO over the data and context parallel ranks, under tensor parallel layers and pipeline stages."""
 
     def __init__(self, parts: Sequence[LossModule], config: RunConfig, state: TrainState, ctx: ParallelContext) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self.loss_module = parts[0]
         self._parts = list(parts)
         self._config = config
@@ -159,7 +109,7 @@ class DeepSpeedEngine:
         # The weights go in before DeepSpeed divides or rounds them; _load_state puts the unrounded masters in afterwards.
         for part in parts:
             part.model.load_weights({name: state.weights[name] for name, _ in part.model.named_parameters()})
-        optimizer = build_adamw(self._named, config.optim)
+        optimizer = build_adamw(self._named, config.optim, config.model)
         # It insists on this variable, which srun does not set; what it says is what the context says.
         os.environ["LOCAL_RANK"] = str(ctx.local_rank)
         # It prints memory figures to stdout, which belongs to the answers of our commands.
@@ -282,7 +232,8 @@ class DeepSpeedEngine:
             return 0 if name.startswith(("embedding.", "positions.")) else ctx.pp.size - 1
 
         for section, key in (("weights", None), *((moment, moment) for moment in _MOMENTS)):
-            part_of = lambda name, key=key: self._full(self._by_name[name], key)  # noqa: E731
+            # On this rank's device, where collectives want it: what is offloaded comes from the CPU.
+            part_of = lambda name, key=key: self._full(self._by_name[name], key).to(ctx.device)  # noqa: E731
             for name, whole in whole_tensors(config.model, ctx, stage_of=stage_of, part=part_of):
                 yield section, name, whole
 
@@ -363,16 +314,3 @@ class DeepSpeedEngine:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
-
-
-def _import_deepspeed() -> Any:
-    # Its logger speaks at INFO of every buffer; our console says what a user needs.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it finds by itself too, with a warning on every rank
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # The shared-memory all-reduce would be compiled at the first launch (half a minute, and a lock file that a killed run
-    # leaves behind for the next one to hang on). Gloo and NCCL do the work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -19,6 +19,7 @@ from dist_llm.engine.run_dir import corpus_hash, decide_start
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.planning.count import count_params, flops_per_token
 from dist_llm.planning.memory import checkpoint_bytes, rank_memory
+from dist_llm.planning.stages import stage_layers
 from dist_llm.utils.errors import ExitCode
 from dist_llm.utils.format import byte_size
 
@@ -44,13 +45,14 @@ def resolve(config: RunConfig, *, ranks: int | None) -> dict[str, Any]:
     if problems:
         raise ConfigErrors(problems)
     deepspeed = uses_deepspeed(config, world)
+    layout = _layout(config, world, deepspeed=deepspeed)
     rows, eval_rows = open_rows(config)
     start = decide_start(Path(config.directory) / "checkpoints", config, corpus_hash(rows.index))
     params = count_params(config.model)
     memory = rank_memory(config, world, plain=not deepspeed)
     train = config.train
     tokens = train.steps * train.batch_size * config.data.seq_len
-    first = rows_of_rank(start.next_sample, batch_size=train.batch_size, micro=train.micro_batch_size, rank=0, ranks=world)
+    first = rows_of_rank(start.next_sample, batch_size=train.batch_size, micro=train.micro_batch_size, rank=0, ranks=layout["dp"])
     one_checkpoint = checkpoint_bytes(config)
     kept = config.checkpoint.keep if config.checkpoint.every else 1
     if config.checkpoint.keep == 0 and config.checkpoint.every:
@@ -60,14 +62,7 @@ def resolve(config: RunConfig, *, ranks: int | None) -> dict[str, Any]:
         existing = existing.parent
     return {
         "run_dir": config.directory,
-        "layout": {
-            "ranks": world,
-            "engine": "deepspeed" if deepspeed else "plain",
-            "dp": world,
-            "zero": config.parallel.zero if deepspeed else None,
-            "recompute": config.parallel.recompute,
-            "precision": config.precision,
-        },
+        "layout": layout,
         "parameters": {"total": params.total, "embedding": params.embedding, "non_embedding": params.non_embedding},
         "flops": flops_per_token(config.model, config.data.seq_len) * tokens,
         "memory_per_rank": {
@@ -103,14 +98,59 @@ def resolve(config: RunConfig, *, ranks: int | None) -> dict[str, Any]:
     }
 
 
+def _layout(config: RunConfig, world: int, *, deepspeed: bool) -> dict[str, Any]:
+    """The rank grid, what divides what, and the layers of each pipeline rank."""
+    p = config.parallel
+    stages = stage_layers(config.model, config.data.seq_len, p.pp * p.chunks)
+    return {
+        "ranks": world,
+        "engine": "deepspeed" if deepspeed else "plain",
+        "tp": p.tp,
+        "cp": p.cp,
+        "dp": world // (p.tp * p.cp * p.pp),
+        "pp": p.pp,
+        "zero": p.zero if deepspeed else None,
+        "sequence_parallel": p.sequence_parallel,
+        "cp_kind": p.cp_kind if p.cp > 1 else None,
+        "schedule": p.schedule if p.pp > 1 else None,
+        # First and last layer of each stage that a pipeline rank holds; several with an interleaved schedule.
+        "stages": [[[s.start, s.stop - 1] for s in stages[rank :: p.pp]] for rank in range(p.pp)],
+        "offload_optimizer": p.offload_optimizer,
+        "offload_parameters": p.offload_parameters,
+        "recompute": p.recompute,
+        "precision": config.precision,
+    }
+
+
+def _layout_lines(layout: dict[str, Any]) -> list[str]:
+    """How a person reads ``_layout``: axes of one rank are left out."""
+    axes = [f"{axis} {layout[axis]}" for axis in ("tp", "cp", "dp", "pp") if layout[axis] > 1]
+    engine = f"deepspeed, ZeRO-{layout['zero']}" if layout["zero"] is not None else "plain"
+    words = [f"{layout['ranks']} rank(s)" + (f" = {' x '.join(axes)}" if axes else ""), engine]
+    words += ["sequence parallel"] if layout["sequence_parallel"] else []
+    words += [f"context by {layout['cp_kind']}"] if layout["cp_kind"] else []
+    for what in ("optimizer", "parameters"):
+        words += [f"{what} offloaded to {where}"] if (where := layout[f"offload_{what}"]) != "none" else []
+    lines = [f"layout      {', '.join(words)}, {layout['precision']}, recompute {layout['recompute']}"]
+    if layout["schedule"]:
+        held = (", ".join(_span(*stage) for stage in stages) for stages in layout["stages"])
+        lines.append(
+            f"pipeline    {layout['schedule']}; layers " + "; ".join(f"{layers} on rank {rank}" for rank, layers in enumerate(held))
+        )
+    return lines
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
 def _as_text(answer: dict[str, Any]) -> str:
     layout, params, memory, steps, disk = (answer[k] for k in ("layout", "parameters", "memory_per_rank", "steps", "disk"))
-    engine = f"deepspeed, ZeRO-{layout['zero']}" if layout["zero"] is not None else "plain"
     lines = [
         f"run         {answer['run_dir']}",
-        f"layout      {layout['ranks']} rank(s), {engine}, {layout['precision']}, recompute {layout['recompute']}",
+        *_layout_lines(layout),
         f"parameters  {params['total']:,} ({params['embedding']:,} in embeddings, {params['non_embedding']:,} in blocks and norms)",
-        f"memory      {byte_size(memory['total'])} a rank: parameters {byte_size(memory['parameters'])}, gradients {byte_size(memory['gradients'])}, "
+        f"memory      {byte_size(memory['total'])} on the fullest rank: parameters {byte_size(memory['parameters'])}, gradients {byte_size(memory['gradients'])}, "
         f"optimiser {byte_size(memory['optimizer'])}, activations about {byte_size(memory['activations_estimate'])}, "
         f"logits about {byte_size(memory['logits_estimate'])}",
         f"first batch {answer['first_batch']['tokens']:,} tokens in {answer['first_batch']['micro_batches']} micro-batch(es) a rank; "

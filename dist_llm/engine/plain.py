@@ -20,12 +20,14 @@ __all__ = ["PlainEngine"]
 class PlainEngine:
     """One rank, no process group, no DeepSpeed."""
 
+    pipeline = None
+
     def __init__(self, loss_module: LossModule, optim: OptimConfig, state: TrainState) -> None:
         self.loss_module = loss_module
         self._model = loss_module.model
         self._clip_norm = optim.clip_norm
         self._model.load_weights(state.weights)
-        self._optimizer = build_adamw(self._model.named_parameters(), optim)
+        self._optimizer = build_adamw(self._model.named_parameters(), optim, self._model.config)
         if state.exp_avg is not None and state.exp_avg_sq is not None:
             for name, parameter in self._model.named_parameters():
                 self._optimizer.state[parameter] = {

@@ -50,7 +50,10 @@ class KeyValueCache:
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention with num_kv_heads <= num_heads (multi-head, grouped-query, multi-query)."""
+    """Causal self-attention with num_kv_heads <= num_heads (multi-head, grouped-query, multi-query).
+
+    ``scale`` multiplies query times key; default 1 / sqrt(head_dim).
+    """
 
     def __init__(
         self,
@@ -61,11 +64,13 @@ class SelfAttention(nn.Module):
         head_dim: int,
         bias: bool,
         fn: AttentionFn,
+        scale: float | None = None,
         region: TensorRegion = WHOLE,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.region = region
         self.recompute = recompute
         tp = region.tp.size
@@ -122,4 +127,4 @@ class SelfAttention(nn.Module):
             k_BTKH = apply_rotary(k_BTKH, *rotary)
         if cache is not None:
             k_BTKH, v_BTKH = cache.append(k_BTKH, v_BTKH)
-        return self.fn(q_BTNH, k_BTKH, v_BTKH, causal=True, doc_ids=doc_ids, scale=self.head_dim**-0.5)
+        return self.fn(q_BTNH, k_BTKH, v_BTKH, causal=True, doc_ids=doc_ids, scale=self.scale)

@@ -15,6 +15,7 @@ from dist_llm.layers.dropout import Dropout
 from dist_llm.layers.mlp import GeluMLP, SwigluMLP
 from dist_llm.layers.norm import LayerNorm, RMSNorm, RMSNormFn
 from dist_llm.layers.region import WHOLE, TensorRegion
+from dist_llm.planning.mup import score_scale
 
 __all__ = ["Block", "Ops", "Places", "build_norm"]
 
@@ -88,6 +89,7 @@ class Block(nn.Module):
             head_dim=config.head_size,
             bias=config.bias,
             fn=ops.attention,
+            scale=score_scale(config),
             region=region,
             recompute=recompute_attention,
         )

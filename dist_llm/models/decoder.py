@@ -24,6 +24,7 @@ from dist_llm.layers.rotary import rotary_table
 from dist_llm.models.block import Block, Ops, Places, build_dropout, build_norm
 from dist_llm.models.init import initial_tensor, std_of
 from dist_llm.planning.count import parameter_shapes
+from dist_llm.planning.mup import output_multiplier, parameter_scaling
 from dist_llm.planning.shards import tensor_slice
 
 __all__ = ["Decoder", "Recompute", "new_cache"]
@@ -92,6 +93,7 @@ class Decoder(nn.Module):
         if self.is_last:
             self.final_norm = build_norm(config, ops, region)
             self.head = None if config.tie_embeddings else VocabParallelEmbedding(config.vocab_size, config.d_model, region=region)
+        self.output_multiplier = output_multiplier(config)
         # The last stage of a pipeline borrows a tied head from the first, see parallel/tied_head.py.
         self.borrowed_head: torch.Tensor | None = None
 
@@ -122,7 +124,7 @@ class Decoder(nn.Module):
         columns: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states, after the final norm on the last stage.
+        """Hidden states, on the last stage after the final norm and times the output multiplier of muP: the head takes them as they are.
 
         Args:
             tokens: (B, T) int64.
@@ -154,18 +156,23 @@ class Decoder(nn.Module):
                 x_BTD = checkpoint(block, x_BTD, places, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BTD = block(x_BTD, places, None if caches is None else caches[i])
-        return self.final_norm(x_BTD) if self.is_last else x_BTD
+        if not self.is_last:
+            return x_BTD
+        x_BTD = self.final_norm(x_BTD)
+        # On the hidden states rather than the logits: fewer numbers, and every head (objective, generation) gets them alike.
+        return x_BTD if self.output_multiplier == 1 else x_BTD * self.output_multiplier
 
     def initial_weights(self, seed: int) -> dict[str, torch.Tensor]:
         """Initial value of every parameter this rank holds, by logical name, float32."""
         std, layers = self.config.init_std, self.config.num_layers
         shapes = parameter_shapes(self.config)
-        return {
-            name: self.own_part(
-                name, initial_tensor(name, torch.Size(shapes[name]), std=std_of(name, init_std=std, num_layers=layers), seed=seed)
-            )
-            for name, _ in self.named_parameters()
-        }
+
+        def initial(name: str) -> torch.Tensor:
+            factor = parameter_scaling(name, shapes[name], self.config).init_std
+            std_here = std_of(name, init_std=std, num_layers=layers, width_factor=factor)
+            return self.own_part(name, initial_tensor(name, torch.Size(shapes[name]), std=std_here, seed=seed))
+
+        return {name: initial(name) for name, _ in self.named_parameters()}
 
     def own_part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """What this rank holds of the logical tensor ``name``."""

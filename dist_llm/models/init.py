@@ -44,11 +44,13 @@ def initial_tensor(name: str, shape: torch.Size, *, std: float, seed: int) -> to
     return initial_slice(name, 0, math.prod(shape), std=std, seed=seed).view(shape)
 
 
-def std_of(name: str, *, init_std: float, num_layers: int) -> float:
+def std_of(name: str, *, init_std: float, num_layers: int, width_factor: float = 1.0) -> float:
     """Standard deviation for the tensor ``name``.
 
     Projections that write into the residual stream are divided by sqrt(2 num_layers), the number of such writes, so that
     the stream's variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
+
+    width_factor: what muP multiplies the deviation by, see ``planning.mup``.
     """
     writes_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-    return init_std / math.sqrt(2 * num_layers) if writes_residual else init_std
+    return (init_std / math.sqrt(2 * num_layers) if writes_residual else init_std) * width_factor

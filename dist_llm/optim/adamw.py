@@ -1,4 +1,4 @@
-"""AdamW with two groups: matrices are decayed, vectors (norm gains, biases) are not."""
+"""AdamW in groups: matrices are decayed, vectors (norm gains, biases) are not; under muP hidden matrices have a rate of their own."""
 
 from __future__ import annotations
 
@@ -7,25 +7,51 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from dist_llm.config.schema import OptimConfig
+from dist_llm.config.schema import ModelConfig, OptimConfig
+from dist_llm.planning.mup import parameter_scaling
 
 __all__ = ["build_adamw", "set_learning_rate"]
 
+_SCALE = "lr_scale"  # of a group; an optimiser carries keys it does not know along
 
-def build_adamw(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> torch.optim.AdamW:
+
+def build_adamw(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, model: ModelConfig | None = None
+) -> torch.optim.AdamW:
     """torch's fused AdamW (Loshchilov and Hutter, arXiv:1711.05101).
 
     Fused runs on CPU and CUDA, one pass over memory, and keeps its step count on the device.
+
+    Args:
+        named_parameters: logical names and parameters; under tensor parallelism the parts of this rank.
+        optim: rates of the base width.
+        model: whose ``mup_base_width`` scales rate and decay by parameter; None: no scaling.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for _, parameter in named_parameters:
-        (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    # Matrices first, then vectors, in the order of the model; without muP these are all groups there are.
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        is_vector = parameter.ndim < 2
+        scaling = None if model is None else parameter_scaling(name, tuple(parameter.shape), model)
+        lr_scale, decay_scale = (1.0, 1.0) if scaling is None else (scaling.lr, scaling.weight_decay)
+        groups.setdefault((is_vector, lr_scale, decay_scale), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": optim.lr * lr_scale,
+                "weight_decay": 0.0 if is_vector else optim.weight_decay * decay_scale,
+                _SCALE: lr_scale,
+            }
+            for (is_vector, lr_scale, decay_scale), parameters in sorted(groups.items(), key=lambda group: group[0][0])
+        ],
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=True,
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the rate of this step."""
+    """Give every group the rate of this step, scaled as ``build_adamw`` scaled it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group[_SCALE]

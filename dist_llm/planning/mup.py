@@ -13,6 +13,9 @@ Adam. With m = width / base width, against the values that were tuned at the bas
 Attention scores are divided by the head size instead of its root, with the root of the base head size kept as a constant, so that at the
 base width nothing changes. Weight decay of AdamW as torch has it is multiplied by the learning rate: to keep its effect on a matrix
 whose learning rate falls by m, it has to rise by m.
+
+A config turns it on with ``model.mup_base_width``. One ratio, d_model over that width, then stands for every fan-in: a model is
+taken to grow in proportion, its heads and its MLP with it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Kind", "Scaling", "attention_scale", "parameter_kind", "scaling"]
+from dist_llm.config.schema import ModelConfig
+
+__all__ = ["Kind", "Scaling", "attention_scale", "output_multiplier", "parameter_kind", "parameter_scaling", "scaling", "score_scale"]
 
 Kind = Literal["input", "vector", "hidden", "output"]
 
@@ -57,11 +62,15 @@ def scaling(kind: Kind, width: int, base_width: int) -> Scaling:
     raise ValueError(f"kind must be input, vector, hidden or output, got {kind!r}")
 
 
-def attention_scale(head_dim: int, base_head_dim: int) -> float:
-    """Factor on query times key: 1 / head_dim, scaled to be the usual 1 / sqrt(head_dim) at the base width."""
-    if head_dim < 1 or base_head_dim < 1:
-        raise ValueError(f"head sizes must be at least 1, got {head_dim} and {base_head_dim}")
-    return math.sqrt(base_head_dim) / head_dim
+def attention_scale(head_dim: int, base_head_dim: float) -> float:
+    """Factor on query times key: 1 / head_dim, scaled to be the usual 1 / sqrt(head_dim) at the base width.
+
+    base_head_dim: may be a fraction, where as many heads share a base width that they do not divide: it only sets a constant.
+    """
+    if head_dim < 1 or not base_head_dim > 0:
+        raise ValueError(f"head_dim must be at least 1 and base_head_dim above 0, got {head_dim} and {base_head_dim}")
+    # In this order the second factor is exactly 1 at the base width, where the first is what a model without muP uses.
+    return math.pow(head_dim, -0.5) * math.sqrt(base_head_dim / head_dim)
 
 
 def parameter_kind(name: str, shape: tuple[int, ...]) -> Kind:
@@ -75,3 +84,20 @@ def parameter_kind(name: str, shape: tuple[int, ...]) -> Kind:
     if name in ("embedding.weight", "positions.weight"):
         return "input"
     return "output" if name == "head.weight" or name.endswith("router.weight") else "hidden"
+
+
+def parameter_scaling(name: str, shape: tuple[int, ...], model: ModelConfig) -> Scaling:
+    """Factors of the parameter ``name`` of ``model``; all 1 without ``mup_base_width``."""
+    base = model.d_model if model.mup_base_width is None else model.mup_base_width
+    return scaling(parameter_kind(name, shape), model.d_model, base)
+
+
+def output_multiplier(model: ModelConfig) -> float:
+    """Factor on the hidden states that the head turns into logits, tied or not; 1 without ``mup_base_width``."""
+    base = model.d_model if model.mup_base_width is None else model.mup_base_width
+    return scaling("output", model.d_model, base).output
+
+
+def score_scale(model: ModelConfig) -> float:
+    """Factor on query times key in ``model``: 1 / sqrt(head size) without ``mup_base_width``."""
+    return attention_scale(model.head_size, model.mup_base_head_size)

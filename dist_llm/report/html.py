@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from dist_llm.report.console import duration
+from dist_llm.report.forecast import forecast_notes, forecast_rows
 from dist_llm.report.plots import draw_figures
 from dist_llm.report.run import RunData, load_run, numbers, summary
 from dist_llm.utils.errors import StorageError
@@ -59,6 +60,8 @@ def draw_report(run: RunData, out: Path | None = None) -> Path:
         comparison=_comparison(run),
         sample=_mapping(run, "sample"),
         plan=_mapping(run, "plan"),
+        forecast=forecast_rows(run),
+        forecast_notes=forecast_notes(run),
         # Not escaped again: matplotlib wrote it, and no text of the run is drawn.
         figures=[{"name": d.name, "caption": d.caption, "svg": Markup(d.svg)} for d in drawings],
         events=[{"time": e.get("time", ""), "event": e.get("event", ""), "details": _details(e)} for e in run.events],

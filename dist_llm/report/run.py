@@ -47,6 +47,7 @@ class RunData:
     config: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)  # plan.json: the forecast of the newest attempt; older runs have none
     checkpoints: list[CheckpointEntry] = field(default_factory=list)
 
 
@@ -117,6 +118,9 @@ def load_run(run_dir: Path) -> RunData:
         config=config_path.read_text(encoding="utf-8") if config else "",
         environment=_read(run_dir / "env.json", json.loads, "remove it; the next `dist-llm train` writes it again"),
         results=_read(run_dir / "results.json", json.loads, "remove it, the report is drawn without it; `make quickstart` writes it again"),
+        plan=_read(
+            run_dir / "plan.json", json.loads, "remove it, the report is drawn without it; the next `dist-llm train` writes it again"
+        ),
         checkpoints=_checkpoints(run_dir / "checkpoints"),
     )
 

@@ -147,13 +147,3 @@ def refusal(small: RunConfig, layout: Layout) -> str | None:
     sentences = [f"{rule.keys[0]}: {message}" for rule, message in broken_rules(config)]
     sentences += [f"{problem.key}: {problem.message}" for problem in problems_for_ranks(config, layout.world_size)]
     return "; ".join(sentences) or None
-
-
-def _mup(model: ModelConfig, width: int) -> dict[str, int]:
-    """muP's base sizes, so that the copy is as many times wider than its base as the model is than its own."""
-    if model.mup_base_width is None:
-        return {}
-    return {
-        "mup_base_width": max(1, round(width * model.mup_base_width / model.d_model)),
-        "mup_base_head_dim": max(1, round(_HEAD * model.mup_base_head_size / model.head_size)),
-    }

@@ -24,6 +24,7 @@ from .configs import ROOT, SMALLEST, problems_of, the_problem, write
         (["model.num_kv_heads=8"], "model.num_kv_heads", "8 must divide model.num_heads (4)"),
         (["model.head_dim=3"], "model.position", "must be even, not 3 = model.head_dim"),
         (["model.d_model=12"], "model.position", "must be even, not 3 = model.d_model (12) / model.num_heads (4)"),
+        (["model.mup_base_head_dim=8"], "model.mup_base_head_dim", "8 has no meaning without muP; give model.mup_base_width as well"),
         (["data.seq_len=33"], "data.seq_len", "33 must be at most model.max_seq_len (32)"),
         (["train.batch_size=7"], "train.batch_size", "7 must be divisible by train.micro_batch_size (2); 6 or 8 would be"),
         (["train.micro_batch_size=16"], "train.batch_size", "8 must be divisible by train.micro_batch_size (16); 16 would be"),

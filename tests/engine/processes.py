@@ -48,13 +48,13 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def launched(*words: object, launcher: str = "deepspeed") -> list[str]:
-    """Two ranks under a launcher."""
+def launched(*words: object, launcher: str = "deepspeed", ranks: int = 2) -> list[str]:
+    """Ranks under a launcher."""
     port = free_port()
     if launcher == "deepspeed":
-        head = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, "--module", "dist_llm"]
+        head = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module", "dist_llm"]
     else:
-        head = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, "-m", "dist_llm"]
+        head = [str(BIN / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", port, "-m", "dist_llm"]
     return [*head, "train", *map(str, words)]
 
 

@@ -129,9 +129,8 @@ def test_dry_run_resolves_everything_and_writes_nothing(dist_llm: Run, corpus: P
     done = dist_llm("train", LLAMA, "--dry-run", f"data.path={corpus}", f"run_dir={tmp_path / 'run'}", "--ranks", 2, "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["layout"] == {
-        "ranks": 2, "engine": "deepspeed", "dp": 2, "zero": 1, "recompute": "none", "precision": "fp32",
-    }  # fmt: skip
+    told = {"ranks": 2, "engine": "deepspeed", "dp": 2, "zero": 1, "recompute": "none", "precision": "fp32"}
+    assert told.items() <= answer["layout"].items()
     assert answer["parameters"]["total"] == 262_720
     assert answer["first_batch"]["rank_0_rows"][0] == [0, 1]
     assert answer["disk"]["checkpoint"] == 12 * 262_720
