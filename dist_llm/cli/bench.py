@@ -2,6 +2,7 @@
 
 dist-llm bench speed --json              tokens/s of a few model sizes; start it with a launcher to measure several ranks
 dist-llm bench step --threads 1 --json   one rank under our loop against plain PyTorch code of the same model
+dist-llm bench zero1 --json              what ZeRO-1 on two ranks costs beyond the step and its communication
 dist-llm bench coord-check CONFIG        sizes of activations over widths, with and without muP
 dist-llm bench machine --out FILE        products, memory and collectives of this machine, as a cluster description for `plan`
 """
@@ -38,11 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--malloc", choices=["tuned", "default"], default="tuned", help="glibc's allocator: as `train` sets it, or as it comes"
     )
     step.add_argument("--profile", action="store_true", help="also print where the time of our step goes")
+    zero1 = cases.add_parser("zero1", help="ZeRO-1 on two ranks against the plain step and its communication")
+    zero1.add_argument("--rounds", type=int, default=9, metavar="N", help="interleaved rounds; medians are reported (default 9)")
     coord_check = cases.add_parser("coord-check", help="sizes of activations over widths, with and without muP")
     bench_coord_check.add_arguments(coord_check)
     machine = cases.add_parser("machine", help="what this machine does, as a cluster description for `plan`")
     bench_machine.add_arguments(machine)
-    for case in (speed, step, coord_check, machine):
+    for case in (speed, step, zero1, coord_check, machine):
         case.add_argument("--json", action="store_true", help="answer with one JSON object on stdout")
 
 
@@ -101,4 +104,13 @@ def _step(arguments: argparse.Namespace) -> int:
     return ExitCode.CHECK_FAILED if answer["err"] > 1.1 * answer["peer_err"] else ExitCode.DONE
 
 
-_CASES = {"speed": _speed, "step": _step, "coord-check": bench_coord_check.run, "machine": bench_machine.run}
+def _zero1(arguments: argparse.Namespace) -> int:
+    from dist_llm.bench.zero import race_zero1, zero1_as_text
+    from dist_llm.utils.errors import ExitCode
+
+    answer = race_zero1(rounds=arguments.rounds)
+    print(json.dumps(answer) if arguments.json else zero1_as_text(answer))
+    return ExitCode.DONE
+
+
+_CASES = {"speed": _speed, "step": _step, "zero1": _zero1, "coord-check": bench_coord_check.run, "machine": bench_machine.run}
