@@ -57,7 +57,7 @@ class Rows:
         return self._batches, sum(batch.targets.numel() for batch in self._batches)
 
 
-def count_steps(ctx: ParallelContext, cases: list[Case], steps: int = 3) -> list[list[Counts]]:
+def count_steps(ctx: ParallelContext, cases: list[Case], steps: int = 4) -> list[list[Counts]]:
     """What passed in each of ``steps`` steps of each case."""
     answers = []
     generated = engine_deepspeed.deepspeed_config

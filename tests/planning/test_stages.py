@@ -11,7 +11,9 @@ from dist_llm.planning.stages import stage_layers
 
 
 def model(*, num_layers: int, vocab_size: int, d_model: int = 64) -> ModelConfig:
-    return ModelConfig(vocab_size=vocab_size, d_model=d_model, num_layers=num_layers, num_heads=4, max_seq_len=64, ffn_dim=4 * d_model, activation="gelu")
+    return ModelConfig(
+        vocab_size=vocab_size, d_model=d_model, num_layers=num_layers, num_heads=4, max_seq_len=64, ffn_dim=4 * d_model, activation="gelu"
+    )
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 7, 12])
