@@ -73,9 +73,7 @@ def _reduce_scatter(output: torch.Tensor, input_list: Any, op: Any = None, group
     return Call("reduce_scatter", group, sum(_sizes(input_list)))
 
 
-def _reduce_scatter_single(
-    output: torch.Tensor, input: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False
-) -> Call:
+def _reduce_scatter_single(output: torch.Tensor, input: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Call:
     return Call("reduce_scatter", group, _size(input))
 
 

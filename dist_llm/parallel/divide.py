@@ -56,7 +56,9 @@ def build_parts(config: RunConfig, ctx: ParallelContext, chosen: dict[str, Impl]
     parallel = config.parallel
     copies = max(1, ctx.tp.size // config.model.kv_heads)
     # A context that was built for another model would leave the gradients of copied heads unsummed, and say nothing.
-    assert ctx.kv.size == copies, f"groups of {ctx.kv.size} for {copies} copies of a key-value head: build_context wants this model's kv_heads"
+    assert ctx.kv.size == copies, (
+        f"groups of {ctx.kv.size} for {copies} copies of a key-value head: build_context wants this model's kv_heads"
+    )
     region = TensorRegion(tp=ctx.tp, sequence=parallel.sequence_parallel and ctx.tp.size > 1, kv=ctx.kv)
     ops = Ops(rms_norm=chosen["rms_norm"].fn, attention=_attention(parallel, ctx, chosen), cross_entropy=chosen["cross_entropy"].fn)
     stages = stage_layers(config.model, config.data.seq_len, ctx.pp.size * parallel.chunks)

@@ -82,9 +82,7 @@ def _pipeline(config: RunConfig, grid: RankGrid, pp_rank: int, num_micro: int) -
         ("pp_back", "recv"): forward_sends,
     }
     names = group_names(grid)
-    return add_counts(
-        {(names[group], kind): traffic(kind, sizes["pp"], calls * hidden, calls) for (group, kind), calls in edges.items()}
-    )
+    return add_counts({(names[group], kind): traffic(kind, sizes["pp"], calls * hidden, calls) for (group, kind), calls in edges.items()})
 
 
 def _tied_head(config: RunConfig, grid: RankGrid, pp_rank: int, tp_rank: int) -> Counts:

@@ -115,9 +115,7 @@ def _tensor_parallel_block(config: RunConfig, sizes: _Sizes, names: dict[str, st
     # the mask's positions, behind the MLP's sum over ranks; without, the input of the matrix before it.
     again_enter = 2 if full else 0
     again_leave = (2 if config.model.dropout > 0 else 1) if full else 0
-    return add_counts(
-        _enter(sizes, names, forward=2 + again_enter, backward=2), _leave(sizes, names, forward=2 + again_leave, backward=2)
-    )
+    return add_counts(_enter(sizes, names, forward=2 + again_enter, backward=2), _leave(sizes, names, forward=2 + again_leave, backward=2))
 
 
 def _context_parallel(config: RunConfig, sizes: _Sizes, names: dict[str, str], *, again: str) -> Counts:

@@ -115,9 +115,7 @@ def _backward(module: _Module, late: list[ModuleCall]) -> list[ModuleCall]:
     return calls
 
 
-def count_fetches(
-    calls: Sequence[ModuleCall], persistent: set[str], *, max_live: int, max_reuse_distance: int, prefetch: int
-) -> Fetches:
+def count_fetches(calls: Sequence[ModuleCall], persistent: set[str], *, max_live: int, max_reuse_distance: int, prefetch: int) -> Fetches:
     """Replay one micro-batch.
 
     Args:

@@ -249,7 +249,9 @@ def test_seconds_show_that_a_peer_was_late() -> None:
 
 
 def test_a_summary_is_plain_json() -> None:
-    counts = add_counts({("tp", "send"): Traffic(2, 10, Fraction(10, 3))}, {("tp", "send"): Traffic(1, 5, Fraction(5, 3)), ("tp", "recv"): Traffic()})
+    counts = add_counts(
+        {("tp", "send"): Traffic(2, 10, Fraction(10, 3))}, {("tp", "send"): Traffic(1, 5, Fraction(5, 3)), ("tp", "recv"): Traffic()}
+    )
     assert json.loads(json.dumps(summarize(counts))) == {"tp": {"send": {"calls": 3, "bytes": 15, "wire_bytes": 5.0}}}
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_llm.comm.ledger import CommLedger
 from dist_llm.comm.collectives import all_reduce_max, all_reduce_sum, barrier, broadcast_json, gather_json
 from dist_llm.comm.context import Group
+from dist_llm.comm.ledger import CommLedger
 
 SIZE = 3
 LATE_S = 0.4

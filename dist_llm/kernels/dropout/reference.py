@@ -62,7 +62,7 @@ def dropout_reference(
             f"dropout needs x (B, T, D) with samples (B,) and columns (T,); "
             f"they are {tuple(x.shape)}, {tuple(samples.shape)} and {tuple(columns.shape)}"
         )
-    return _Dropout.apply(x, p, _key(seed, site), samples, columns, feature_start)
+    return _Dropout.apply(x, p, _key(seed, site), samples, columns, feature_start)  # type: ignore[no-untyped-call]
 
 
 def keep_mask(
