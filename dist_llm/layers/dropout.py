@@ -25,7 +25,9 @@ class DropoutFn(Protocol):
         samples: torch.Tensor,
         columns: torch.Tensor,
         feature_start: int = 0,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """``kernels.dropout.reference.dropout_reference`` says what of."""
+        ...
 
 
 class Dropout(nn.Module):
