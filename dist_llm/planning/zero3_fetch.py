@@ -1,7 +1,7 @@
 """How often ZeRO-3 gathers each parameter in one micro-batch: its bookkeeping, replayed on integers.
 
 DeepSpeed gathers a module's parameters before the module runs, gathers some of the next modules' ahead, and lets go of them when they are
-not needed again within ``max_reuse_distance`` elements. With the defaults a model below about half of a milliard parameters keeps
+not needed again within ``max_reuse_distance`` elements. With the defaults a model below about 5 x 10^8 parameters keeps
 what forward gathered until backward has used it: one gather a micro-batch, where the paper counts two (Rajbhandari et al.,
 arXiv:1910.02054, section 7.2.2). This replays ``runtime/zero/partitioned_param_coordinator.py`` of 0.19.8 in its steady state.
 """

@@ -89,7 +89,7 @@ def zero_traffic(
         return add_counts({(zero, "all_reduce"): reduced}, over_model(1, _FP32))  # the norm is ours
     element = 2 if bf16 else _FP32
     if stage == 3:
-        norm = over_both(_sub_groups(groups, n, settings), _FP64)
+        norm = over_both(_sub_groups(groups, n, settings), _FP64 if config.parallel.offload_optimizer == "none" else _FP32)
         return add_counts(_stage_3(config, parameters, num_micro, n, element, zero, settings), norm)
     # The flat buffer of a group ends on a multiple of 2 elements a rank (nccl_start_alignment_factor).
     padded = [-(-sum(p.numel for p in group) // (2 * n)) * 2 * n for group in groups]

@@ -74,6 +74,15 @@ def test_deepspeed_settings_on_two_ranks() -> None:
     hold({"dp": 2}, cases)
 
 
+def test_offload_on_two_ranks() -> None:
+    optimizer, parameters = "parallel.offload_optimizer=cpu", "parallel.offload_parameters=cpu"
+    bf16 = "precision=bf16"
+    hold(
+        {"dp": 2},
+        [zero(1, optimizer, bf16, tiny="gpt2"), zero(2, optimizer, bf16), zero(3, optimizer), zero(3, LARGE, optimizer, parameters)],
+    )
+
+
 def test_tensor_parallelism_on_two_ranks() -> None:
     cases = [
         zero(0),
