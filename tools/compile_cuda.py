@@ -22,9 +22,12 @@ from setup import CSRC, CUDA_ARCHES, BuildError, find_torch, nvcc_command  # noq
 def main() -> int:
     """Compile all sources; one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", type=Path, metavar="FILE", help="only these (default: every .cu under csrc/)")
     parser.add_argument("--require", action="store_true", help="fail where nvcc is not there")
     arguments = parser.parse_args()
-    sources = sorted(CSRC.rglob("*.cu"))
+    sources = [path.resolve() for path in arguments.sources] or sorted(CSRC.rglob("*.cu"))
+    if missing := [path for path in sources if not path.is_file()]:
+        parser.error(f"{missing[0]} is not there")
     if shutil.which("nvcc") is None:
         print(f"compile_cuda: nvcc is not on PATH: {len(sources)} CUDA source(s) NOT compiled")
         return 1 if arguments.require else 0

@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "common/isa.h"
-#include "cross_entropy/softmax_vec.h"
+#include "common/softmax_vec.h"
 
 namespace dist_llm::cross_entropy {
 

@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "common/isa.h"
-#include "common/vec.h"
+#include "common/tensors.h"
 
 namespace dist_llm {
 
@@ -52,31 +52,9 @@ constexpr int64_t kGrain = 16384;
 constexpr int64_t kRowsPerPart = 32;
 constexpr int64_t kMaxParts = 128;
 
-template <class T>
-const T* in(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* out(Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Calls f(S{}, W{}) with the storage types of x and weight.
-template <class F>
-void with_types(const Tensor& x, const Tensor& weight, const F& f) {
-  const ScalarType xt = x.scalar_type(), wt = weight.scalar_type();
-  if (xt == ScalarType::Float && wt == ScalarType::Float) return f(float{}, float{});
-  if (xt == ScalarType::BFloat16 && wt == ScalarType::BFloat16) return f(bf16{}, bf16{});
-  if (xt == ScalarType::BFloat16 && wt == ScalarType::Float) return f(bf16{}, float{});
-  STD_TORCH_CHECK(
-      false, "rms_norm on CPU takes x in fp32 or bf16 and weight in the dtype of x or fp32, not x in ", torch::headeronly::toString(xt),
-      " and weight in ", torch::headeronly::toString(wt));
-}
-
 void run_forward(
     const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, Tensor& y, Tensor* summed, Tensor& rstd, Shape shape) {
-  with_types(x, weight, [&](auto s, auto w) {
+  with_types(x, weight, "rms_norm", [&](auto s, auto w) {
     using S = decltype(s);
     using W = decltype(w);
     const ForwardArgs<S, W> args{
@@ -119,7 +97,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(
   Tensor partials = torch::stable::new_empty(x, {parts, shape.dim}, ScalarType::Float);
   float* sums = out<float>(partials);
 
-  with_types(x, weight, [&](auto s, auto w) {
+  with_types(x, weight, "rms_norm", [&](auto s, auto w) {
     using S = decltype(s);
     using W = decltype(w);
     const BackwardArgs<S, W> args{
