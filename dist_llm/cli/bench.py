@@ -4,6 +4,8 @@ dist-llm bench speed --json              tokens/s of a few model sizes; start it
 dist-llm bench step --threads 1 --json   one rank under our loop against plain PyTorch code of the same model
 dist-llm bench zero1 --json              what ZeRO-1 on two ranks costs beyond the step and its communication
 dist-llm bench coord-check CONFIG        sizes of activations over widths, with and without muP
+dist-llm bench rms_norm --threads 1      one kernel against torch, torch.compile and float64; `bench --help` lists the others
+dist-llm bench --all --threads 1         all kernels, as the table of docs/benchmarks/kernels.md
 dist-llm bench machine --out FILE        products, memory and collectives of this machine, as a cluster description for `plan`
 """
 
@@ -13,14 +15,16 @@ import argparse
 import json
 import sys
 
-from dist_llm.cli import bench_coord_check, bench_machine
+from dist_llm.bench.kernel_cases import KERNEL_CASES
+from dist_llm.cli import bench_coord_check, bench_kernels, bench_machine
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``dist-llm bench``."""
-    cases = parser.add_subparsers(dest="case", metavar="CASE", required=True)
+    bench_kernels.add_all_arguments(parser)
+    cases = parser.add_subparsers(dest="case", metavar="CASE")
     speed = cases.add_parser("speed", help="tokens a second of a few model sizes")
     speed.add_argument(
         "--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="D", help="model widths (default 32 64 128 256)"
@@ -45,12 +49,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_coord_check.add_arguments(coord_check)
     machine = cases.add_parser("machine", help="what this machine does, as a cluster description for `plan`")
     bench_machine.add_arguments(machine)
+    for name, what in KERNEL_CASES.items():
+        bench_kernels.add_arguments(cases.add_parser(name, help=what))
     for case in (speed, step, zero1, coord_check, machine):
         case.add_argument("--json", action="store_true", help="answer with one JSON object on stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``dist-llm bench``."""
+    from dist_llm.utils.errors import ConfigError
+
+    if arguments.all:
+        if arguments.case is not None:
+            raise ConfigError(f"bench --all races every kernel; leave {arguments.case} out, or --all")
+        return bench_kernels.run_all(arguments)
+    if arguments.case is None:
+        raise ConfigError(f"bench needs a CASE ({', '.join(_CASES)}) or --all")
+    if option := bench_kernels.misplaced(arguments):
+        raise ConfigError(f"--{option} belongs behind the case: dist-llm bench {arguments.case} --{option} ...")
     return _CASES[arguments.case](arguments)
 
 
@@ -113,4 +129,11 @@ def _zero1(arguments: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-_CASES = {"speed": _speed, "step": _step, "zero1": _zero1, "coord-check": bench_coord_check.run, "machine": bench_machine.run}
+_CASES = {
+    "speed": _speed,
+    "step": _step,
+    "zero1": _zero1,
+    "coord-check": bench_coord_check.run,
+    "machine": bench_machine.run,
+    **dict.fromkeys(KERNEL_CASES, bench_kernels.run),
+}

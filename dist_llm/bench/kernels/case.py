@@ -1,0 +1,119 @@
+"""One race of a kernel: what is computed, by whom, and what it cannot be faster than."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["Race", "relative_errors"]
+
+
+@dataclass(frozen=True)
+class Race:
+    """Forward and backward of one function at one shape.
+
+    All contestants take the same arguments as ``reference`` and give the same outputs.
+
+    Attributes:
+        title: function, shape and dtype, for people.
+        args: positional arguments, on the device of the race.
+        wanted: positions of the tensors whose gradients belong to the work; none: the call alone is timed.
+        changed: positions of the tensors, or lists of them, that the call writes into: they count as results.
+        reference: the definition; in float64 it is the truth.
+        ours: what a run would use.
+        eager: plain PyTorch, as a careful person writes it; None when there is none. It is also raced under ``torch.compile``.
+        peers: further contestants.
+        yardsticks: functions of the same arguments that compute something else and are only timed beside, such as a dense product.
+        moved_bytes: memory traffic that forward and backward together cannot avoid; 0: not bound by memory.
+        flops: of the matrix products of forward and backward; 0: there are none.
+        compiles: ``eager`` is also raced under ``torch.compile``.
+        goal: least speed against the best peer; None: none was set.
+        notes: what a reader of the figures must know.
+    """
+
+    title: str
+    args: tuple[Any, ...]
+    wanted: tuple[int, ...]
+    reference: Callable[..., Any]
+    ours: Callable[..., Any]
+    eager: Callable[..., Any] | None
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    yardsticks: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    changed: tuple[int, ...] = ()
+    moved_bytes: int = 0
+    flops: int = 0
+    compiles: bool = True
+    goal: float | None = None
+    notes: str = ""
+
+    def call(self, fn: Callable[..., Any]) -> Callable[[], None]:
+        """A function without arguments that does the work once; for timing."""
+        args, leaves = _with_leaves(self, self.args)
+        arriving: list[torch.Tensor] = []
+
+        def work() -> None:
+            outputs = _tensors(fn(*args))
+            if leaves:
+                roots = [t for t in outputs if t.requires_grad]
+                if not arriving:
+                    arriving.extend(_arriving(roots))
+                torch.autograd.grad(roots, leaves, arriving, allow_unused=True)
+
+        return work
+
+    def results(self, fn: Callable[..., Any], *, exact: bool = False) -> list[torch.Tensor]:
+        """Outputs, changed tensors and gradients of ``fn``; with ``exact`` from arguments in float64."""
+
+        def copy(value: Any) -> Any:
+            if isinstance(value, list):
+                return [copy(v) for v in value]
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.detach().double() if exact and value.is_floating_point() else value.detach().clone()
+
+        args, leaves = _with_leaves(self, tuple(map(copy, self.args)))
+        outputs = _tensors(fn(*args))
+        values = [t.detach() for t in outputs]
+        for where in self.changed:
+            values += args[where] if isinstance(args[where], list) else [args[where]]
+        if leaves:
+            roots = [t for t in outputs if t.requires_grad]
+            values += [g for g in torch.autograd.grad(roots, leaves, _arriving(roots), allow_unused=True) if g is not None]
+        return [v.detach() for v in values if v.is_floating_point()]
+
+
+def relative_errors(race: Race, contestants: Mapping[str, Callable[..., Any]]) -> dict[str, float]:
+    """For each contestant the largest of ||r - r64|| / ||r64|| over its results r."""
+    truth = race.results(race.reference, exact=True)
+    answer = {}
+    for name, fn in contestants.items():
+        values = race.results(fn)
+        if len(values) != len(truth):
+            raise ValueError(f"{race.title}: {name} has {len(values)} results, the reference {len(truth)}")
+        errors = [float((v.double() - t).norm() / t.norm().clamp_min(1e-300)) for v, t in zip(values, truth, strict=True) if t.numel()]
+        answer[name] = max(errors, default=0.0)
+    return answer
+
+
+def _with_leaves(race: Race, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    made = list(args)
+    for where in race.wanted:
+        made[where] = made[where].detach().requires_grad_()
+    return tuple(made), [made[where] for where in race.wanted]
+
+
+def _tensors(answer: Any) -> list[torch.Tensor]:
+    values = answer if isinstance(answer, (tuple, list)) else (answer,)
+    return [t for t in values if isinstance(t, torch.Tensor)]
+
+
+def _arriving(roots: list[torch.Tensor]) -> list[torch.Tensor]:
+    # The same numbers in every dtype; small whole ones, except for a scalar, whose gradient is 1 in training.
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.ones_like(t) if t.dim() == 0 else torch.randint(-3, 4, t.shape, generator=generator).to(device=t.device, dtype=t.dtype)
+        for t in roots
+    ]
