@@ -1,11 +1,13 @@
-"""``bench step``: one rank under our loop against plain PyTorch code of the same model, step by step in turns.
+"""``bench step``: one rank under our loop against the same model elsewhere, step by step in turns.
 
 6 layers x 384, 6 heads, LayerNorm, gelu, learned positions, tied embedding, batch 12 x 256, bf16. Ours goes through
 ``engine.step.train_step`` and writes metrics.jsonl, as `dist-llm train` does, with the plain engine and with DeepSpeed ZeRO-1.
+The peers: plain PyTorch, eager and under ``torch.compile``, Hugging Face's GPT-2, and DeepSpeed ZeRO-0 around the plain model.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_llm.bench.peers.gpt import PlainGPT, PlainStep, peer_tensors
+from dist_llm.bench.peers.steps import AUTOCAST, BF16_WEIGHTS, TITLES, PeerStep, build_peers
 from dist_llm.comm.context import ParallelContext
 from dist_llm.config.schema import DataConfig, KernelsConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from dist_llm.data.rows import Batch
@@ -86,6 +89,8 @@ def race_step(*, threads: int | None, rounds: int, profile: bool = False, tuned_
     ctx = open_context(read_launch({}), needs_process_group=True, threads=threads)
     try:
         with tempfile.TemporaryDirectory() as directory, MetricsWriter(Path(directory) / "metrics.jsonl") as metrics:
+            # An empty cache: the first step of torch.compile is that of a user's first run.
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(directory) / "inductor")
             return _race(ctx, metrics, rounds=rounds, profile=profile)
     finally:
         close_context()
@@ -99,8 +104,7 @@ def _race(ctx: ParallelContext, metrics: MetricsWriter, *, rounds: int, profile:
 
     ours = build_engine(plain_config, ctx, chosen, None)
     with_deepspeed = build_engine(deepspeed_config, ctx, chosen, None)
-    autocast = PlainStep(PlainGPT(plain_config.model, weights).to(ctx.device), plain_config.optim, masters=False)
-    masters = PlainStep(PlainGPT(plain_config.model, weights).to(ctx.device), plain_config.optim, masters=True)
+    peers, absent = build_peers(plain_config, weights, ctx.device)
     batches = StepBatches(rows, plain_config, ctx)
 
     def through_loop(engine: Engine) -> Callable[[int], float]:
@@ -112,42 +116,59 @@ def _race(ctx: ParallelContext, metrics: MetricsWriter, *, rounds: int, profile:
 
         return step
 
-    def by_hand(peer: PlainStep) -> Callable[[int], float]:
+    def by_hand(peer: PeerStep) -> Callable[[int], float]:
         def step(n: int) -> float:
-            batch = to_device(
-                rows.batch(range(n * ROWS, (n + 1) * ROWS)), ctx.device, document_mask=False, samples=range(n * ROWS, (n + 1) * ROWS)
-            )
+            samples = range(n * ROWS, (n + 1) * ROWS)
+            batch = to_device(rows.batch(samples), ctx.device, document_mask=False, samples=samples)
             return peer(batch.tokens, batch.targets)
 
         return step
 
     contestants = {
         "ours_plain": through_loop(ours),
-        "pytorch_autocast": by_hand(autocast),
         "ours_deepspeed_zero1": through_loop(with_deepspeed),
-        "pytorch_bf16_masters": by_hand(masters),
+        **{name: by_hand(peers[name]) for name in TITLES if name in peers},
     }
     errors = _gradient_errors(plain_config, chosen, rows, ctx.device)
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    first_step: dict[str, float] = {}
+    losses: dict[str, float] = {}
     for n in range(WARM_UP + rounds):
         # A-B-C-D, then D-C-B-A: what a neighbour on the machine does hits all of them alike.
         order = list(contestants) if n % 2 == 0 else list(contestants)[::-1]
         for name in order:
-            start = _now(ctx)
-            contestants[name](n)
+            wall, start = time.perf_counter(), _now(ctx)
+            loss = contestants[name](n)
             times[name].append(_now(ctx) - start)
+            if n == 0:
+                # Wall time: a compiler works in processes of its own.
+                first_step[name] = time.perf_counter() - wall
+                losses[name] = loss
+    if max(losses.values()) - min(losses.values()) > 0.02:
+        raise RuntimeError(f"the contestants do not compute the same function: losses of the first step {losses}")
     ms = {name: 1000 * median(values[WARM_UP:]) for name, values in times.items()}
-    peers = {name: ms[name] for name in ("pytorch_autocast", "pytorch_bf16_masters")}
     flops = flops_per_token(plain_config.model, LENGTH) * ROWS * LENGTH
     peak = peak_flops(ctx.device, torch.bfloat16)
-    best = min(peers.values())
+
+    def best(names: tuple[str, ...]) -> str:
+        return min((name for name in names if name in ms), key=lambda name: ms[name])
+
+    best_autocast, best_masters = best(AUTOCAST), best(BF16_WEIGHTS)
+    fastest_compile = min(first_step[name] for name in ("compile_autocast", "compile_bf16_masters"))
     answer: dict[str, Any] = {
         "case": "step",
         "ours_ms": ms["ours_plain"],
         "ours_deepspeed_zero1_ms": ms["ours_deepspeed_zero1"],
-        "peers": peers,
-        "ratio": best / ms["ours_plain"],
-        "ratio_deepspeed_zero1": best / ms["ours_deepspeed_zero1"],
+        "peers": {name: ms[name] for name in TITLES if name in ms},
+        "absent": absent,
+        "best_peer": best_autocast,
+        "best_bf16_peer": best_masters,
+        # Against the usual way, fp32 weights under autocast; and against bf16 weights with masters.
+        "ratio": ms[best_autocast] / ms["ours_plain"],
+        "ratio_bf16": ms[best_masters] / ms["ours_plain"],
+        "ratio_deepspeed_zero1": min(ms[best_autocast], ms[best_masters]) / ms["ours_deepspeed_zero1"],
+        "first_step_s": first_step,
+        "first_step_sooner": fastest_compile / first_step["ours_plain"],
         "pct_of_ceiling": 100 * flops / (ms["ours_plain"] / 1000) / peak if peak else None,
         "ceiling": "bf16 matrix product of 1024 x 1024 measured in the same run" if ctx.device.type == "cpu" else "data sheet",
         "err": errors["ours"],
@@ -220,14 +241,20 @@ def step_as_text(answer: dict[str, Any]) -> str:
     lines = [
         f"one step of 6 x 384, batch {ROWS} x {LENGTH}, bf16, {answer['threads']} thread(s), {answer['clock']}, medians of {answer['rounds']}"
     ]
-    rows = {
-        "ours, plain engine": answer["ours_ms"],
-        "ours, DeepSpeed ZeRO-1": answer["ours_deepspeed_zero1_ms"],
-        "PyTorch eager, autocast": answer["peers"]["pytorch_autocast"],
-        "PyTorch eager, bf16 weights": answer["peers"]["pytorch_bf16_masters"],
-    }
-    best = min(answer["peers"].values())
-    lines += [f"  {name:<28} {ms:9.1f} ms   {best / ms:5.2f} of the best peer's speed" for name, ms in rows.items()]
+    rows = {"ours, plain engine": answer["ours_ms"], "ours, DeepSpeed ZeRO-1": answer["ours_deepspeed_zero1_ms"]}
+    rows |= {TITLES[name]: ms for name, ms in answer["peers"].items()}
+    best = answer["peers"][answer["best_peer"]]
+    lines += [f"  {name:<30} {ms:9.1f} ms   {best / ms:5.2f} of the best autocast peer's speed" for name, ms in rows.items()]
+    lines.append(
+        f"  ours: {answer['ratio']:.2f} times the best with fp32 weights under autocast ({TITLES[answer['best_peer']]}), "
+        f"{answer['ratio_bf16']:.2f} times the best with bf16 weights ({TITLES[answer['best_bf16_peer']]})"
+    )
+    first = answer["first_step_s"]
+    lines.append(
+        f"  first step: ours {first['ours_plain']:.2f} s, torch.compile {first['compile_autocast']:.1f} s: "
+        f"ours is done {answer['first_step_sooner']:.0f} times sooner"
+    )
+    lines += [f"  {name} did not take part: {reason}" for name, reason in answer["absent"].items()]
     if answer["pct_of_ceiling"] is not None:
         lines.append(f"  {answer['pct_of_ceiling']:.0f} % of the ceiling ({answer['ceiling']})")
     lines.append(

@@ -31,10 +31,12 @@ def name_of(value: object) -> str:
     return value.name if isinstance(value, (Case, Impl)) else str(value)
 
 
-def skip_unless_it_runs(impl: Impl, device: torch.device, dtype: torch.dtype) -> None:
-    reason = impl.why_not(device, dtype)
-    if reason is not None:
-        pytest.skip(f"{impl.name} on {device.type}: {reason}")
+def runnable(impl: Impl, dtypes: tuple[torch.dtype, ...], device: torch.device = CPU) -> list[torch.dtype]:
+    """The dtypes that the implementation takes; where there is none the test is skipped, with the reason."""
+    taken = [dtype for dtype in dtypes if impl.why_not(device, dtype) is None]
+    if not taken:
+        pytest.skip(f"{impl.name} on {device.type}: {impl.why_not(device, dtypes[0])}")
+    return taken
 
 
 def assert_as_exact_as_the_reference(case: Case, impl: Impl, size: str, dtype: torch.dtype, device: torch.device = CPU) -> None:
@@ -45,8 +47,7 @@ def assert_as_exact_as_the_reference(case: Case, impl: Impl, size: str, dtype: t
 
 @pytest.mark.parametrize(("case", "impl"), FAST, ids=name_of)
 def test_error_is_at_most_twice_the_reference_error(case: Case, impl: Impl) -> None:
-    for dtype in case.dtypes:
-        skip_unless_it_runs(impl, CPU, dtype)
+    for dtype in runnable(impl, case.dtypes):
         for size in case.sizes:
             assert_as_exact_as_the_reference(case, impl, size, dtype)
 
@@ -55,8 +56,7 @@ def test_error_is_at_most_twice_the_reference_error(case: Case, impl: Impl) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("case", "impl"), FAST, ids=name_of)
 def test_error_on_a_gpu_is_at_most_twice_the_reference_error(case: Case, impl: Impl) -> None:
-    for dtype in (*case.dtypes, *case.gpu_dtypes):
-        skip_unless_it_runs(impl, CUDA, dtype)
+    for dtype in runnable(impl, (*case.dtypes, *case.gpu_dtypes), CUDA):
         for size in (*case.sizes, *case.gpu_sizes):
             assert_as_exact_as_the_reference(case, impl, size, dtype, CUDA)
 
@@ -64,8 +64,7 @@ def test_error_on_a_gpu_is_at_most_twice_the_reference_error(case: Case, impl: I
 @pytest.mark.parametrize(("case", "impl"), FAST, ids=name_of)
 def test_the_same_bits_twice_and_at_any_number_of_threads(case: Case, impl: Impl) -> None:
     threads = torch.get_num_threads()
-    for dtype in case.dtypes:
-        skip_unless_it_runs(impl, CPU, dtype)
+    for dtype in runnable(impl, case.dtypes):
         for size in case.sizes.values():
             sample = case.make(size, dtype)
             try:
@@ -93,8 +92,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.mark.parametrize(("case", "impl"), FAST, ids=name_of)
 def test_every_element_of_every_result_is_written(case: Case, impl: Impl, poisoned_memory: None) -> None:
-    for dtype in case.dtypes:
-        skip_unless_it_runs(impl, CPU, dtype)
+    for dtype in runnable(impl, case.dtypes):
         for size in case.sizes.values():
             sample = case.make(size, dtype)
             for index, (result, expected) in enumerate(zip(results(impl.fn, sample), results(case.reference, sample), strict=True)):
@@ -110,8 +108,7 @@ def test_arguments_of_any_strides_are_accepted(case: Case, impl: Impl) -> None:
     def scatter(t: torch.Tensor) -> torch.Tensor:
         return t if t.dim() < 2 else t.transpose(0, 1).contiguous().transpose(0, 1)
 
-    dtype = case.dtypes[0]
-    skip_unless_it_runs(impl, CPU, dtype)
+    dtype = runnable(impl, case.dtypes)[0]
     for size in case.sizes.values():
         sample = case.make(size, dtype)
         if sample.changed:
@@ -122,16 +119,15 @@ def test_arguments_of_any_strides_are_accepted(case: Case, impl: Impl) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_opcheck_accepts_every_op(case: Case) -> None:
-    for dtype in case.dtypes:
-        skip_unless_it_runs(case.impls[0], CPU, dtype)
+    for dtype in runnable(case.impls[0], case.dtypes):
         for op, arguments in case.checks(dtype):
             torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_it_compiles_as_one_graph_with_equal_results(case: Case) -> None:
-    impl, dtype = case.impls[0], case.dtypes[0]
-    skip_unless_it_runs(impl, CPU, dtype)
+    impl = case.impls[0]
+    dtype = runnable(impl, case.dtypes)[0]
     sample = case.make(next(iter(case.sizes.values())), dtype)
     torch._dynamo.reset()
     # aot_eager traces forward and backward through the fake kernels without generating code: the op is what is tested.

@@ -7,6 +7,7 @@ what a careful person writes in eager mode.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -68,16 +69,18 @@ def peer_tensors(ours: dict[str, torch.Tensor], num_layers: int) -> dict[str, to
 
 
 class PlainStep:
-    """The usual training step around ``PlainGPT``.
+    """The usual training step around a model that turns tokens into logits.
 
     Args:
         model: fp32.
         optim: as ours.
         masters: False: fp32 weights under bf16 autocast. True: bf16 weights, and fp32 masters in the optimiser.
+        compiles: run the model under ``torch.compile``; the first step then compiles.
     """
 
-    def __init__(self, model: PlainGPT, optim: OptimConfig, *, masters: bool) -> None:
+    def __init__(self, model: nn.Module, optim: OptimConfig, *, masters: bool, compiles: bool = False) -> None:
         self.model = model
+        self.logits: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if compiles else model
         self.clip_norm = optim.clip_norm
         self.masters: list[torch.Tensor] | None = None
         trained: list[torch.Tensor] = list(model.parameters())
@@ -93,7 +96,7 @@ class PlainStep:
         """The loss; its gradients are in the model's parameters."""
         autocast = contextlib.nullcontext() if self.masters else torch.autocast(tokens.device.type, torch.bfloat16)
         with autocast:
-            logits = self.model(tokens)
+            logits = self.logits(tokens)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         torch.autograd.backward(loss)
         return loss.detach()
