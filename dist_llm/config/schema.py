@@ -228,6 +228,8 @@ class KernelsConfig(Section):
     rms_norm: Literal["auto", "native", "reference"] = Field("auto", description="RMSNorm.")
     attention: Literal["auto", "native", "sdpa", "reference"] = Field("auto", description="Attention.")
     cross_entropy: Literal["auto", "native", "reference"] = Field("auto", description="Softmax cross-entropy.")
+    dropout: Literal["auto", "native", "reference"] = Field("auto", description="Dropout.")
+    linear: Literal["auto", "onednn", "reference"] = Field("auto", description="Linear layers.")
 
 
 class RunConfig(Section):

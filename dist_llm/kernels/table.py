@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 import torch
 
-from dist_llm.kernels import attention, cross_entropy, rms_norm
+from dist_llm.kernels import attention, cross_entropy, dropout, linear, rms_norm
 from dist_llm.kernels.impl import Impl, select
 from dist_llm.utils.errors import ConfigError
 
@@ -19,6 +19,8 @@ TABLES: dict[str, tuple[Impl, ...]] = {
     "cross_entropy": cross_entropy.IMPLS,
     "cross_entropy_backward": cross_entropy.BACKWARD_IMPLS,
     "cross_entropy_partials": cross_entropy.PARTIALS_IMPLS,
+    "dropout": dropout.IMPLS,
+    "linear": linear.IMPLS,
     "linear_cross_entropy": cross_entropy.LINEAR_IMPLS,
     "rms_norm": rms_norm.IMPLS,
     "rms_norm_residual": rms_norm.RESIDUAL_IMPLS,

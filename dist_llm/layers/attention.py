@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dist_llm.layers.linear import Linear, RowParallelLinear
+from dist_llm.kernels.linear.reference import linear_reference
+from dist_llm.layers.linear import Linear, LinearFn, RowParallelLinear, joint_linear
 from dist_llm.layers.region import WHOLE, TensorRegion
 from dist_llm.layers.rotary import apply_rotary
 
@@ -64,6 +65,7 @@ class SelfAttention(nn.Module):
         head_dim: int,
         bias: bool,
         fn: AttentionFn,
+        linear: LinearFn = linear_reference,
         scale: float | None = None,
         region: TensorRegion = WHOLE,
         recompute: bool = False,
@@ -75,10 +77,10 @@ class SelfAttention(nn.Module):
         self.recompute = recompute
         tp = region.tp.size
         kv_dim = max(1, num_kv_heads // tp) * head_dim
-        self.query = Linear(dim, num_heads // tp * head_dim, bias=bias)
-        self.key = Linear(dim, kv_dim, bias=bias, copies=region.kv)
-        self.value = Linear(dim, kv_dim, bias=bias, copies=region.kv)
-        self.output = RowParallelLinear(num_heads // tp * head_dim, dim, bias=bias, region=region)
+        self.query = Linear(dim, num_heads // tp * head_dim, bias=bias, fn=linear)
+        self.key = Linear(dim, kv_dim, bias=bias, copies=region.kv, fn=linear)
+        self.value = Linear(dim, kv_dim, bias=bias, copies=region.kv, fn=linear)
+        self.output = RowParallelLinear(num_heads // tp * head_dim, dim, bias=bias, region=region, fn=linear)
         self.fn = fn
 
     def forward(
@@ -101,9 +103,8 @@ class SelfAttention(nn.Module):
             the shape of x_BTD.
         """
         x_BTD = self.region.enter(x_BTD)
-        q_BTNH = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k_BTKH = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BTKH = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
+        projected = joint_linear((self.query, self.key, self.value), x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = (t.view(*t.shape[:-1], -1, self.head_dim) for t in projected)
         if self.recompute and cache is None and torch.is_grad_enabled():
             # Of everything between the projections only q, k and v are kept (arXiv:2205.05198, section 5).
             out_BTNH = checkpoint(

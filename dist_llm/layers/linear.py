@@ -9,15 +9,19 @@ ranks' products are summed (Shoeybi et al., arXiv:1909.08053, section 3).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dist_llm.comm.autograd import copy_to_group
 from dist_llm.comm.context import SINGLE, Group
+from dist_llm.kernels.linear.reference import linear_reference
 from dist_llm.layers.region import WHOLE, TensorRegion
 
-__all__ = ["Linear", "RowParallelLinear"]
+__all__ = ["Linear", "LinearFn", "RowParallelLinear", "joint_linear"]
+
+LinearFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class Linear(nn.Module):
@@ -28,36 +32,64 @@ class Linear(nn.Module):
         out_features: on this rank.
         bias: add b.
         copies: ranks that hold the same weights and use them for different heads; their gradients are summed.
+        fn: product and bias (``kernels.linear``).
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, copies: Group = SINGLE) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, copies: Group = SINGLE, fn: LinearFn = linear_reference) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.copies = copies
+        self.fn = fn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features), dtype of x."""
-        bias = None if self.bias is None else self._whole(self.bias).to(x.dtype)
-        return F.linear(x, self._whole(self.weight).to(x.dtype), bias)
+        return self.fn(x, *self.tensors(x.dtype))
+
+    def tensors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias as the product takes them."""
+        return self._whole(self.weight).to(dtype), None if self.bias is None else self._whole(self.bias).to(dtype)
 
     def _whole(self, parameter: torch.Tensor) -> torch.Tensor:
         return copy_to_group(parameter.float(), self.copies) if self.copies.size > 1 else parameter
 
 
+def joint_linear(layers: Sequence[Linear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The outputs of layers that share their input, in training by one product: better shapes, and one gradient of x instead of a sum.
+
+    Args:
+        layers: all with a bias, or all without.
+        x: (..., in_features).
+
+    Returns:
+        (..., out_features) of each, dtype of x; strided views of one tensor where one product made them.
+    """
+    # Putting the weights side by side is a copy of them, which the few tokens of a step of generation would not pay back. And ZeRO-3
+    # fills a weight only while its own layer runs: outside it is an empty vector.
+    if not torch.is_grad_enabled() or any(layer.weight.ndim != 2 for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    weights, biases = zip(*(layer.tensors(x.dtype) for layer in layers), strict=True)
+    bias = None if biases[0] is None else torch.cat(biases)
+    y = layers[0].fn(x, torch.cat(weights), bias)
+    return torch.split(y, [layer.weight.shape[0] for layer in layers], dim=-1)
+
+
 class RowParallelLinear(nn.Module):
     """Y = sum over ranks of X_rank A_rank^T, + b once; X has this rank's share of the input features."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, region: TensorRegion = WHOLE) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, region: TensorRegion = WHOLE, fn: LinearFn = linear_reference
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.region = region
+        self.fn = fn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, in_features of this rank) -> (B, T or T/tp, out_features), dtype of x."""
         weight = self.weight.to(x.dtype)
         if self.region.tp.size == 1:
-            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        y = self.region.leave(F.linear(x, weight))
+            return self.fn(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        y = self.region.leave(self.fn(x, weight, None))
         return y if self.bias is None else y + self.region.shared(self.bias).to(x.dtype)

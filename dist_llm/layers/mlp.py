@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dist_llm.layers.linear import Linear, RowParallelLinear
+from dist_llm.kernels.linear.reference import linear_reference
+from dist_llm.layers.linear import Linear, LinearFn, RowParallelLinear
 from dist_llm.layers.region import WHOLE, TensorRegion
 
 __all__ = ["GeluMLP", "SwigluMLP"]
@@ -18,12 +19,12 @@ __all__ = ["GeluMLP", "SwigluMLP"]
 class GeluMLP(nn.Module):
     """down(gelu(up(x))); the tanh form of gelu, as GPT-2 has it."""
 
-    def __init__(self, dim: int, hidden: int, *, bias: bool, region: TensorRegion = WHOLE) -> None:
+    def __init__(self, dim: int, hidden: int, *, bias: bool, linear: LinearFn = linear_reference, region: TensorRegion = WHOLE) -> None:
         super().__init__()
         self.region = region
         hidden //= region.tp.size
-        self.up = Linear(dim, hidden, bias=bias)
-        self.down = RowParallelLinear(hidden, dim, bias=bias, region=region)
+        self.up = Linear(dim, hidden, bias=bias, fn=linear)
+        self.down = RowParallelLinear(hidden, dim, bias=bias, region=region, fn=linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, dim) of the residual stream -> the same shape."""
@@ -34,13 +35,13 @@ class GeluMLP(nn.Module):
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, dim: int, hidden: int, *, bias: bool, region: TensorRegion = WHOLE) -> None:
+    def __init__(self, dim: int, hidden: int, *, bias: bool, linear: LinearFn = linear_reference, region: TensorRegion = WHOLE) -> None:
         super().__init__()
         self.region = region
         hidden //= region.tp.size
-        self.gate = Linear(dim, hidden, bias=bias)
-        self.up = Linear(dim, hidden, bias=bias)
-        self.down = RowParallelLinear(hidden, dim, bias=bias, region=region)
+        self.gate = Linear(dim, hidden, bias=bias, fn=linear)
+        self.up = Linear(dim, hidden, bias=bias, fn=linear)
+        self.down = RowParallelLinear(hidden, dim, bias=bias, region=region, fn=linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, dim) of the residual stream -> the same shape."""

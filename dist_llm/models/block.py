@@ -8,25 +8,15 @@ import torch
 from torch import nn
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.kernels.cross_entropy.reference import CrossEntropyFn, cross_entropy_reference
-from dist_llm.kernels.dropout.reference import dropout_reference
-from dist_llm.layers.attention import AttentionFn, KeyValueCache, SelfAttention
+from dist_llm.layers.attention import KeyValueCache, SelfAttention
 from dist_llm.layers.dropout import Dropout
 from dist_llm.layers.mlp import GeluMLP, SwigluMLP
-from dist_llm.layers.norm import LayerNorm, RMSNorm, RMSNormFn
+from dist_llm.layers.norm import LayerNorm, RMSNorm
 from dist_llm.layers.region import WHOLE, TensorRegion
+from dist_llm.models.ops import Ops
 from dist_llm.planning.mup import score_scale
 
-__all__ = ["Block", "Ops", "Places", "build_norm"]
-
-
-@dataclass(frozen=True)
-class Ops:
-    """The implementations of fused ops a model and its objective compute with, chosen at start-up."""
-
-    rms_norm: RMSNormFn
-    attention: AttentionFn
-    cross_entropy: CrossEntropyFn = cross_entropy_reference
+__all__ = ["Block", "Places", "build_dropout", "build_norm"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +43,9 @@ def build_norm(config: ModelConfig, ops: Ops, region: TensorRegion = WHOLE) -> n
     return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias, region=region)
 
 
-def build_dropout(config: ModelConfig, seed: int, name: str) -> Dropout:
+def build_dropout(config: ModelConfig, ops: Ops, seed: int, name: str) -> Dropout:
     """Dropout of the residual stream's summand ``name``."""
-    return Dropout(config.dropout, seed=seed, name=name, fn=dropout_reference)
+    return Dropout(config.dropout, seed=seed, name=name, fn=ops.dropout)
 
 
 class Block(nn.Module):
@@ -89,15 +79,16 @@ class Block(nn.Module):
             head_dim=config.head_size,
             bias=config.bias,
             fn=ops.attention,
+            linear=ops.linear,
             scale=score_scale(config),
             region=region,
             recompute=recompute_attention,
         )
-        self.attention_dropout = build_dropout(config, seed, f"blocks.{number}.attention")
+        self.attention_dropout = build_dropout(config, ops, seed, f"blocks.{number}.attention")
         self.mlp_norm = build_norm(config, ops, region)
         mlp = SwigluMLP if config.activation == "swiglu" else GeluMLP
-        self.mlp = mlp(config.d_model, config.ffn_size, bias=config.bias, region=region)
-        self.mlp_dropout = build_dropout(config, seed, f"blocks.{number}.mlp")
+        self.mlp = mlp(config.d_model, config.ffn_size, bias=config.bias, linear=ops.linear, region=region)
+        self.mlp_dropout = build_dropout(config, ops, seed, f"blocks.{number}.mlp")
 
     def forward(self, x_BTD: torch.Tensor, places: Places, cache: KeyValueCache | None = None) -> torch.Tensor:
         """x_BTD: (B, T or, under sequence parallelism, T/tp, D) -> the same shape."""

@@ -21,8 +21,9 @@ from dist_llm.layers.attention import KeyValueCache
 from dist_llm.layers.embedding import Embedding, VocabParallelEmbedding
 from dist_llm.layers.region import WHOLE, TensorRegion
 from dist_llm.layers.rotary import rotary_table
-from dist_llm.models.block import Block, Ops, Places, build_dropout, build_norm
+from dist_llm.models.block import Block, Places, build_dropout, build_norm
 from dist_llm.models.init import initial_tensor, std_of
+from dist_llm.models.ops import Ops
 from dist_llm.planning.count import parameter_shapes
 from dist_llm.planning.mup import output_multiplier, parameter_scaling
 from dist_llm.planning.shards import tensor_slice
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
         if self.is_first:
             self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, region=region)
             self.positions = Embedding(config.max_seq_len, config.d_model, region=region) if config.position == "learned" else None
-            self.embedding_dropout = build_dropout(config, seed, "embedding")
+            self.embedding_dropout = build_dropout(config, ops, seed, "embedding")
         # Under their numbers in the whole model, so that names are the same in every layout.
         self.blocks = nn.ModuleDict(
             {

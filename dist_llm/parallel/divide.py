@@ -16,8 +16,8 @@ from dist_llm.layers.all_to_all_attention import all_to_all_attention
 from dist_llm.layers.cross_entropy import VocabParallelCrossEntropy
 from dist_llm.layers.region import TensorRegion
 from dist_llm.layers.ring_attention import ring_attention
-from dist_llm.models.block import Ops
 from dist_llm.models.decoder import Decoder, Recompute
+from dist_llm.models.ops import Ops
 from dist_llm.planning.shards import tensor_slice, vocab_range
 from dist_llm.planning.stages import stage_layers
 from dist_llm.topology.grid import RankGrid
@@ -60,7 +60,7 @@ def build_parts(config: RunConfig, ctx: ParallelContext, chosen: dict[str, Impl]
         f"groups of {ctx.kv.size} for {copies} copies of a key-value head: build_context wants this model's kv_heads"
     )
     region = TensorRegion(tp=ctx.tp, sequence=parallel.sequence_parallel and ctx.tp.size > 1, kv=ctx.kv)
-    ops = Ops(rms_norm=chosen["rms_norm"].fn, attention=_attention(parallel, ctx, chosen), cross_entropy=chosen["cross_entropy"].fn)
+    ops = Ops.of(chosen, attention=_attention(parallel, ctx, chosen))
     stages = stage_layers(config.model, config.data.seq_len, ctx.pp.size * parallel.chunks)
     models = [
         Decoder(

@@ -6,8 +6,8 @@ import torch
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.kernels.table import choices
-from dist_llm.models.block import Ops
 from dist_llm.models.decoder import Decoder
+from dist_llm.models.ops import Ops
 
 SHAPES = {
     "rotary": {"position": "rotary"},
@@ -34,7 +34,7 @@ def tiny_model(*, dtype: torch.dtype = torch.float32, seed: int = 7, gain: float
     }
     config = ModelConfig.model_validate({**values, **overrides})
     chosen = choices(torch.device("cpu"), dtype, {})
-    model = Decoder(config, Ops(rms_norm=chosen["rms_norm"].fn, attention=chosen["attention"].fn), compute_dtype=dtype)
+    model = Decoder(config, Ops.of(chosen), compute_dtype=dtype)
     weights = model.initial_weights(seed)
     head = "embedding.weight" if config.tie_embeddings else "head.weight"
     model.load_weights({name: value * gain if name == head else value for name, value in weights.items()})

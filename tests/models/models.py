@@ -12,8 +12,8 @@ from dist_llm.data.rows import IGNORE
 from dist_llm.kernels.attention.reference import attention_reference
 from dist_llm.kernels.attention.sdpa import attention_sdpa
 from dist_llm.kernels.rms_norm.reference import rms_norm_reference
-from dist_llm.models.block import Ops
 from dist_llm.models.decoder import Decoder, Recompute
+from dist_llm.models.ops import Ops
 from dist_llm.objectives.next_token import next_token_nll
 
 REFERENCE = Ops(rms_norm=rms_norm_reference, attention=attention_reference)

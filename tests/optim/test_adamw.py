@@ -10,8 +10,8 @@ from dist_llm.config.load import load_config
 from dist_llm.config.schema import OptimConfig
 from dist_llm.kernels.attention.reference import attention_reference
 from dist_llm.kernels.rms_norm.reference import rms_norm_reference
-from dist_llm.models.block import Ops
 from dist_llm.models.decoder import Decoder
+from dist_llm.models.ops import Ops
 from dist_llm.optim.adamw import build_adamw, set_learning_rate
 
 ROOT = Path(__file__).parents[2]

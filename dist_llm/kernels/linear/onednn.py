@@ -21,7 +21,8 @@ def why_not_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it is for CPU, not {device.type}"
     if dtype != torch.bfloat16:
         return f"it takes torch.bfloat16, not {dtype}"
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not available or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "this build of torch has no oneDNN"
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "oneDNN takes bf16 only on processors with AVX-512 (BW, VL, DQ)"
