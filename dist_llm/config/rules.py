@@ -118,6 +118,21 @@ def _cp_divides_row(config: RunConfig) -> str | None:
     return None
 
 
+def _ring_has_no_window(config: RunConfig) -> str | None:
+    """`model.window` is not divided by a ring: with `parallel.cp` above 1, `parallel.cp_kind` is all_to_all."""
+    p, window = config.parallel, config.model.window
+    if window is None or p.cp == 1 or p.cp_kind != "ring":
+        return None
+    return f"{window} cannot be had with parallel.cp ({p.cp}) in a ring, which passes on whole keys; use parallel.cp_kind all_to_all"
+
+
+def _alternating_needs_window(config: RunConfig) -> str | None:
+    """`model.window_layers: alternate` is given only with `model.window`."""
+    if config.model.window_layers == "all" or config.model.window is not None:
+        return None
+    return "alternate has no meaning without a window; give model.window as well, or leave it out"
+
+
 def _stages_have_layers(config: RunConfig) -> str | None:
     """Every pipeline stage has a layer: `parallel.pp` times `parallel.chunks` is at most `model.num_layers`."""
     p, layers = config.parallel, config.model.num_layers
@@ -252,6 +267,8 @@ RULES = (
     Rule(("parallel.tp", "model.num_heads", "model.num_kv_heads", "model.ffn_dim", "model.vocab_size", "model.d_model"), _tp_divides_model),
     Rule(("parallel.sequence_parallel", "parallel.tp", "parallel.cp", "data.seq_len"), _sequence_parallel_divides),
     Rule(("parallel.cp", "parallel.cp_kind", "parallel.tp", "data.seq_len", "model.num_heads"), _cp_divides_row),
+    Rule(("model.window", "parallel.cp", "parallel.cp_kind"), _ring_has_no_window),
+    Rule(("model.window_layers", "model.window"), _alternating_needs_window),
     Rule(("parallel.pp", "parallel.chunks", "model.num_layers"), _stages_have_layers),
     Rule(("parallel.chunks", "parallel.schedule"), _chunks_fit_alone),
     Rule(("parallel.schedule", "parallel.pp", "parallel.chunks"), _interleaved_needs_stages),

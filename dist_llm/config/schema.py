@@ -54,6 +54,13 @@ class ModelConfig(Section):
         "rotary", description="How positions enter: rotated queries and keys, or a learned table added to the embedding."
     )
     rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
+    window: int | None = Field(
+        None, ge=1, description="Sliding window of attention: a token sees this many, itself the last of them; null sees the whole row."
+    )
+    window_layers: Literal["all", "alternate"] = Field(
+        "all",
+        description="Layers with the window: all, or every second one beginning with the second, as in GPT-3 (arXiv:2005.14165, section 2.1).",
+    )
     activation: Literal["swiglu", "gelu"] = Field("swiglu", description="MLP non-linearity; swiglu has a gate matrix.")
     bias: bool = Field(False, description="Biases on the linear layers and in layer_norm.")
     tie_embeddings: bool = Field(True, description="Use the embedding matrix as the output head.")
@@ -88,6 +95,10 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Size of one head, resolved."""
         return self.head_dim if self.head_dim is not None else self.d_model // self.num_heads
+
+    def layer_window(self, layer: int) -> int | None:
+        """The sliding window of block ``layer`` (from 0), or None where it sees the whole row."""
+        return self.window if self.window_layers == "all" or layer % 2 == 1 else None
 
     @property
     def mup_base_head_size(self) -> float:

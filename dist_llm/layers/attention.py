@@ -53,7 +53,7 @@ class KeyValueCache:
 class SelfAttention(nn.Module):
     """Causal self-attention with num_kv_heads <= num_heads (multi-head, grouped-query, multi-query).
 
-    ``scale`` multiplies query times key; default 1 / sqrt(head_dim).
+    ``scale`` multiplies query times key; default 1 / sqrt(head_dim). With ``window``, a token sees that many, itself the last of them.
     """
 
     def __init__(
@@ -69,9 +69,11 @@ class SelfAttention(nn.Module):
         scale: float | None = None,
         region: TensorRegion = WHOLE,
         recompute: bool = False,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.window = window
         self.scale = head_dim**-0.5 if scale is None else scale
         self.region = region
         self.recompute = recompute
@@ -128,4 +130,5 @@ class SelfAttention(nn.Module):
             k_BTKH = apply_rotary(k_BTKH, *rotary)
         if cache is not None:
             k_BTKH, v_BTKH = cache.append(k_BTKH, v_BTKH)
-        return self.fn(q_BTNH, k_BTKH, v_BTKH, causal=True, doc_ids=doc_ids, scale=self.scale)
+        options = {} if self.window is None else {"window": self.window}  # ring attention knows none
+        return self.fn(q_BTNH, k_BTKH, v_BTKH, causal=True, doc_ids=doc_ids, scale=self.scale, **options)

@@ -83,6 +83,7 @@ class Block(nn.Module):
             scale=score_scale(config),
             region=region,
             recompute=recompute_attention,
+            window=config.layer_window(number),
         )
         self.attention_dropout = build_dropout(config, ops, seed, f"blocks.{number}.attention")
         self.mlp_norm = build_norm(config, ops, region)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dist_llm.config.schema import ModelConfig
 
-__all__ = ["ParamCount", "count_params", "flops_per_token", "parameter_shapes"]
+__all__ = ["ParamCount", "attended_tokens", "count_params", "flops_per_token", "parameter_shapes"]
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,22 @@ def count_params(model: ModelConfig) -> ParamCount:
     )
 
 
+def attended_tokens(model: ModelConfig, layer: int, seq_len: int) -> float:
+    """Twice the tokens that a token of ``layer`` sees on average, in a row of ``seq_len``: the whole row where there is no window."""
+    window = min(model.layer_window(layer) or seq_len, seq_len)
+    # The first `window` tokens see fewer. Half a token a row is left out, as it is in T / 2 of the causal half.
+    return window * (2 - window / seq_len)
+
+
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Training FLOPs per token, forward and backward, two per multiply-add; the backward is twice the forward.
 
     6 x the weights that take part in matrix products (the head does, a look-up does not), and attention's two products of
     T x T per head over the causal half: 6 * L * N * H * T (Narayanan et al., arXiv:2104.04473, appendix; halved for the
-    causal mask, as the work is really done by kernels that skip it).
+    causal mask, as the work is really done by kernels that skip it; with a window, what lies before it is skipped too).
     """
     shapes = parameter_shapes(model)
     matrices = sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and name.startswith("blocks."))
     head = model.vocab_size * model.d_model
-    attention = model.num_layers * model.num_heads * model.head_size * seq_len
+    attention = model.num_heads * model.head_size * sum(attended_tokens(model, layer, seq_len) for layer in range(model.num_layers))
     return 6.0 * (matrices + head) + 6.0 * attention

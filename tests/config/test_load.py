@@ -22,9 +22,9 @@ def test_tiny_configs_state_their_values_and_load_without_data(path: Path) -> No
     assert [problems_of(path, ranks=ranks) for ranks in (1, 2, 4)] == [[], [], []]
 
 
-def test_tiny_configs_are_the_three_that_the_readme_lists() -> None:
+def test_tiny_configs_are_the_four_that_the_readme_lists() -> None:
     readme = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
-    assert [path.stem for path in TINY] == ["gpt2", "llama", "packed"]
+    assert [path.stem for path in TINY] == ["banded", "gpt2", "llama", "packed"]
     assert all(f"`tiny/{path.name}`" in readme for path in TINY)
 
 

@@ -221,3 +221,23 @@ def test_initial_loss_is_that_of_knowing_nothing() -> None:
     tokens, targets, positions = make_batch(config, batch=4)
     _, loss, _ = loss_and_grads(model, tokens, targets, positions)
     assert float(loss) / int((targets >= 0).sum()) == pytest.approx(math.log(512), rel=0.02)
+
+
+def test_alternate_layers_have_the_window_and_the_others_see_the_whole_row() -> None:
+    config = make_config(window=3, window_layers="alternate", num_layers=4)
+    model = make_model(config)
+    assert [block.attention.window for block in model.blocks.values()] == [None, 3, None, 3]  # type: ignore[union-attr]
+    tokens, _, positions = make_batch(config)
+    changed = tokens.clone()
+    changed[:, 0] = (tokens[:, 0] + 1) % config.vocab_size
+
+    def moved(layers: range) -> torch.Tensor:
+        """How much the last token's hidden state depends on the first token."""
+        part = Decoder(config, FUSED, compute_dtype=torch.float32, layers=layers)
+        part.load_weights({name: dict(model.named_parameters())[name].data for name, _ in part.named_parameters()})
+        table = model.embedding.weight
+        outputs = [part(t, positions, hidden=table[t]) if layers.start else part(t, positions) for t in (tokens, changed)]
+        return (outputs[0] - outputs[1])[:, -1].abs().max()
+
+    assert moved(range(0, 1)) > 1e-3
+    assert moved(range(1, 2)) == 0.0

@@ -1,4 +1,4 @@
-"""transformers' GPT-2 and LLaMA with the same weights: another program that has to find the same numbers."""
+"""transformers' GPT-2, LLaMA and Mistral (with its sliding window) with the same weights: another program that has to find the same numbers."""
 
 from __future__ import annotations
 
@@ -103,8 +103,30 @@ def llama_pair() -> tuple[Decoder, nn.Module, Callable[[Get, int], dict[str, tor
     return make_model(config), theirs, llama_tensors
 
 
-PAIRS = {"gpt2": gpt2_pair, "llama": llama_pair}
-EOS = {"gpt2": 14, "llama": 4}  # a token these random models write now and then: some texts end, some do not
+def mistral_pair() -> tuple[Decoder, nn.Module, Callable[[Get, int], dict[str, torch.Tensor]]]:
+    config = make_config(norm="rms_norm", position="rotary", activation="swiglu", num_kv_heads=2, tie_embeddings=False, window=5)
+    theirs = transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_seq_len,
+            hidden_size=config.d_model,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.kv_heads,
+            intermediate_size=config.ffn_size,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=False,
+            sliding_window=config.window,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+    )
+    return make_model(config), theirs, llama_tensors
+
+
+PAIRS = {"gpt2": gpt2_pair, "llama": llama_pair, "mistral, window": mistral_pair}
+EOS = {"gpt2": 14, "llama": 4, "mistral, window": 4}  # a token these random models write now and then: some texts end, some do not
 
 
 def same_weights(kind: str) -> tuple[Decoder, nn.Module, Callable[[Get, int], dict[str, torch.Tensor]]]:
