@@ -1,4 +1,12 @@
-// What every CUDA entry point needs: the current stream, 16-byte accesses, sums over a block, fp32 from any storage type.
+// What every CUDA entry point needs: launches, the current stream, 16-byte accesses, sums over a block, fp32 from any storage type.
+//
+// A kernel written with these macros also runs without a GPU: with DL_EMULATE_CUDA a C++ compiler builds the same file for CPU tensors
+// (tests/cuda_emulator/README.md).
+//
+//   DL_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)   launches, and throws when that failed. A kernel with commas
+//                                        between its template arguments goes into a variable first.
+//   DL_DYNAMIC_SHARED(type, name);       in a kernel: `type* name` points to the dynamic shared memory, aligned to 128 bytes.
+//   DL_DEVICE_KEY                        CUDA; for STABLE_TORCH_LIBRARY_IMPL(dist_llm, DL_DEVICE_KEY, m).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,13 +19,60 @@
 
 #include <cstdint>
 
+#if defined(DL_EMULATE_CUDA)
+
+#define DL_DEVICE_KEY CPU
+#define DL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::cuda_emulator::launch(#kernel, __FILE__, __LINE__, (grid), (block), (shared_bytes), (stream), (kernel), __VA_ARGS__)
+#define DL_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::cuda_emulator::dynamic_shared())
+#undef STD_CUDA_CHECK
+#define STD_CUDA_CHECK(...) ::cuda_emulator::check(__VA_ARGS__)
+
+#else
+
+#define DL_DEVICE_KEY CUDA
+#define DL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                  \
+  do {                                                                             \
+    (kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__);          \
+    STD_CUDA_KERNEL_LAUNCH_CHECK();                                                \
+  } while (false)
+// One array of bytes for all kernels: arrays of different types under one name would clash between instantiations.
+#define DL_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(128) unsigned char dl_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(dl_dynamic_shared)
+
+#endif
+
 namespace dist_llm {
+
+#if defined(DL_EMULATE_CUDA)
+
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t device_index) { static_cast<void>(device_index); }
+};
+
+inline cudaStream_t current_stream(int32_t device_index) {
+  static_cast<void>(device_index);
+  return nullptr;
+}
+
+#else
+
+using torch::stable::accelerator::DeviceGuard;
 
 // torch's current stream of a device: kernels launched on it keep the order of the caller's work.
 inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+#endif
+
+// Lets a kernel have up to `bytes` of dynamic shared memory: more than 48 KiB has to be asked for.
+template <class Kernel>
+void allow_dynamic_shared(Kernel* kernel, int bytes) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
 __device__ inline float to_float(float a) { return a; }

@@ -8,35 +8,44 @@
 #include <optional>
 #include <tuple>
 
+#include "common/columns.h"
 #include "common/isa.h"
+#include "common/pair_vec.h"
 #include "common/tensors.h"
 
-namespace dist_llm {
+namespace dist_llm::rms_norm {
 
-template <class S, class W>
+// Rows that are computed together, where so many stay in the first-level cache.
+constexpr int kGroup = 4;
+
+template <class S>
 struct ForwardArgs {
   const S* x;
-  const S* residual;  // null: no residual, and summed is not used
-  const W* weight;
+  const S* residual;    // null: no residual, and summed is not used
+  const float* weight;  // in the order of pair_columns.inc
   S* y;
   S* summed;
   float* rstd;
   int64_t dim;
   float eps;
+  bool group;
+  bool stream;  // y is too large to be found in a cache when it is next read
 };
 
-template <class S, class W>
+template <class S>
 struct BackwardArgs {
   const S* dy;
   const S* x;
-  const W* weight;
+  const float* weight;
   const float* rstd;
   const S* dsummed;  // null: nothing to add
   S* dx;
   int64_t dim;
+  bool group;
+  bool stream;
 };
 
-}  // namespace dist_llm
+}  // namespace dist_llm::rms_norm
 
 #define DL_ISA_SOURCE "rms_norm/rms_norm_rows.inc"
 #include "common/foreach_isa.h"
@@ -44,12 +53,15 @@ struct BackwardArgs {
 namespace dist_llm {
 namespace {
 
+using rms_norm::BackwardArgs;
+using rms_norm::ForwardArgs;
+using rms_norm::kGroup;
 using rms_norm::Shape;
 
 // Elements a thread should have before another one is worth waking.
 constexpr int64_t kGrain = 16384;
 // Rows that share a partial sum of dweight: a function of the shape alone, so that threads do not change the result.
-constexpr int64_t kRowsPerPart = 32;
+constexpr int64_t kRowsPerPart = 64;
 constexpr int64_t kMaxParts = 128;
 
 void run_forward(
@@ -57,11 +69,14 @@ void run_forward(
   with_types(x, weight, "rms_norm", [&](auto s, auto w) {
     using S = decltype(s);
     using W = decltype(w);
-    const ForwardArgs<S, W> args{
-        in<S>(x), residual == nullptr ? nullptr : in<S>(*residual), in<W>(weight), out<S>(y),
-        summed == nullptr ? nullptr : out<S>(*summed), out<float>(rstd), shape.dim, static_cast<float>(eps)};
+    Tensor ordered = torch::stable::new_empty(x, {padded(shape.dim)}, ScalarType::Float);
+    DL_PER_ISA(order_columns<S, W>(in<W>(weight), shape.dim, out<float>(ordered)))
+    const ForwardArgs<S> args{
+        in<S>(x), residual == nullptr ? nullptr : in<S>(*residual), in<float>(ordered), out<S>(y),
+        summed == nullptr ? nullptr : out<S>(*summed), out<float>(rstd), shape.dim, static_cast<float>(eps),
+        stays_in_cache<S>(kGroup * shape.dim), is_worth_streaming(out<S>(y), shape.rows, shape.dim)};
     const int64_t grain = std::max<int64_t>(1, kGrain / shape.dim);
-    torch::stable::parallel_for(0, shape.rows, grain, [&](int64_t begin, int64_t end) { DL_PER_ISA(forward<S, W>(args, begin, end)) });
+    torch::stable::parallel_for(0, shape.rows, grain, [&](int64_t begin, int64_t end) { DL_PER_ISA(forward<S>(args, begin, end)) });
   });
 }
 
@@ -94,28 +109,31 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(
 
   const int64_t rows_per_part = std::max(kRowsPerPart, (shape.rows + kMaxParts - 1) / kMaxParts);
   const int64_t parts = (shape.rows + rows_per_part - 1) / rows_per_part;
-  Tensor partials = torch::stable::new_empty(x, {parts, shape.dim}, ScalarType::Float);
-  float* sums = out<float>(partials);
+  const int64_t stride = padded(shape.dim);
+  Tensor numbers = torch::stable::new_empty(x, {parts + 1, stride}, ScalarType::Float);
+  float* ordered = out<float>(numbers);
+  float* sums = ordered + stride;
 
   with_types(x, weight, "rms_norm", [&](auto s, auto w) {
     using S = decltype(s);
     using W = decltype(w);
-    const BackwardArgs<S, W> args{
-        in<S>(dy), in<S>(x), in<W>(weight), in<float>(rstd), dsummed.has_value() ? in<S>(*dsummed) : nullptr, out<S>(dx), shape.dim};
+    DL_PER_ISA(order_columns<S, W>(in<W>(weight), shape.dim, ordered))
+    const BackwardArgs<S> args{
+        in<S>(dy), in<S>(x), ordered, in<float>(rstd), dsummed.has_value() ? in<S>(*dsummed) : nullptr, out<S>(dx), shape.dim,
+        stays_in_cache<S>(2 * kGroup * shape.dim), is_worth_streaming(out<S>(dx), shape.rows, shape.dim)};
     const int64_t grain = std::max<int64_t>(1, kGrain / (rows_per_part * shape.dim));
     torch::stable::parallel_for(0, parts, grain, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        float* partial = sums + part * shape.dim;
-        std::fill_n(partial, shape.dim, 0.f);
+        float* sum = sums + part * stride;
+        std::fill_n(sum, stride, 0.f);
         const int64_t first = part * rows_per_part;
         const int64_t last = std::min(first + rows_per_part, shape.rows);
-        DL_PER_ISA(backward<S, W>(args, partial, first, last))
+        DL_PER_ISA(backward<S>(args, sum, first, last))
       }
     });
     W* total = out<W>(dweight);
-    const int64_t columns = std::max<int64_t>(64, kGrain / std::max<int64_t>(1, parts));
-    torch::stable::parallel_for(0, shape.dim, columns, [&](int64_t begin, int64_t end) {
-      DL_PER_ISA(add_partials<W>(sums, parts, shape.dim, total, begin, end))
+    for_column_ranges(shape.dim, parts, [&](int64_t begin, int64_t end) {
+      DL_PER_ISA(add_parts<S, W>(sums, parts, stride, shape.dim, total, begin, end))
     });
   });
   return {dx, dweight};

@@ -23,7 +23,6 @@ namespace dist_llm {
 namespace {
 
 using rms_norm::Shape;
-using torch::stable::accelerator::DeviceGuard;
 
 constexpr int64_t kMaxParts = 512;
 constexpr int kMaxSharedBytes = 96 * 1024;  // opt-in shared memory that sm_80 and all later chips of this line have
@@ -70,7 +69,7 @@ template <int N, class S, class W>
 __global__ void backward_kernel(
     const S* __restrict__ dy, const S* __restrict__ x, const W* __restrict__ weight, const float* __restrict__ rstd,
     const S* __restrict__ dsummed, S* __restrict__ dx, float* __restrict__ partials, int64_t rows, int64_t dim, bool sum_in_shared) {
-  extern __shared__ __align__(16) float shared_sum[];
+  DL_DYNAMIC_SHARED(float, shared_sum);
   __shared__ float scratch[32];
   float* partial = partials + blockIdx.x * dim;
   float* sum = sum_in_shared ? shared_sum : partial;
@@ -180,9 +179,9 @@ void run_forward(
     const bool packs = shape.dim % kPack == 0 && is_aligned(in<S>(x), 16) && is_aligned(other, 16) &&
                        is_aligned(in<W>(weight), sizeof(W) * kPack);
     const auto kernel = packs ? forward_kernel<kPack, S, W> : forward_kernel<1, S, W>;
-    kernel<<<static_cast<unsigned>(shape.rows), threads_for(shape.dim, packs ? kPack : 1), 0, stream>>>(
-        in<S>(x), other, in<W>(weight), out<S>(y), sum, out<float>(rstd), shape.dim, static_cast<float>(eps));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    DL_LAUNCH(
+        kernel, static_cast<unsigned>(shape.rows), threads_for(shape.dim, packs ? kPack : 1), 0, stream, in<S>(x), other, in<W>(weight),
+        out<S>(y), sum, out<float>(rstd), shape.dim, static_cast<float>(eps));
   });
 }
 
@@ -229,15 +228,14 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cuda(
       const int64_t sum_bytes = shape.dim * static_cast<int64_t>(sizeof(float));
       const bool sum_in_shared = sum_bytes <= kMaxSharedBytes;
       const int shared_bytes = sum_in_shared ? static_cast<int>(sum_bytes) : 0;
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
-      kernel<<<static_cast<unsigned>(parts), threads_for(shape.dim, packs ? kPack : 1), shared_bytes, stream>>>(
-          in<S>(dy), in<S>(x), in<W>(weight), in<float>(rstd), added, out<S>(dx), out<float>(partials), shape.rows, shape.dim,
-          sum_in_shared);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      allow_dynamic_shared(kernel, kMaxSharedBytes);
+      DL_LAUNCH(
+          kernel, static_cast<unsigned>(parts), threads_for(shape.dim, packs ? kPack : 1), shared_bytes, stream, in<S>(dy), in<S>(x),
+          in<W>(weight), in<float>(rstd), added, out<S>(dx), out<float>(partials), shape.rows, shape.dim, sum_in_shared);
     }
     const unsigned blocks = static_cast<unsigned>((shape.dim + kColumns - 1) / kColumns);
-    add_partials_kernel<<<blocks, dim3(kColumns, kStrips), 0, stream>>>(in<float>(partials), out<W>(dweight), parts, shape.dim);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    DL_LAUNCH(
+        add_partials_kernel<W>, blocks, dim3(kColumns, kStrips), 0, stream, in<float>(partials), out<W>(dweight), parts, shape.dim);
   });
   return {dx, dweight};
 }
@@ -245,7 +243,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cuda(
 }  // namespace
 }  // namespace dist_llm
 
-STABLE_TORCH_LIBRARY_IMPL(dist_llm, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(dist_llm, DL_DEVICE_KEY, m) {
   m.impl("rms_norm", TORCH_BOX(&dist_llm::rms_norm_cuda));
   m.impl("rms_norm_residual", TORCH_BOX(&dist_llm::rms_norm_residual_cuda));
   m.impl("rms_norm_backward", TORCH_BOX(&dist_llm::rms_norm_backward_cuda));

@@ -236,11 +236,18 @@ class LogConfig(Section):
 class KernelsConfig(Section):
     """Implementation of each fused op: auto takes the first that can run, a name runs or fails with the reason."""
 
-    rms_norm: Literal["auto", "native", "reference"] = Field("auto", description="RMSNorm.")
+    activation: Literal["auto", "native", "reference"] = Field("auto", description="gelu and swiglu.")
+    adamw: Literal["auto", "native", "torch", "reference"] = Field(
+        "auto", description="AdamW of the plain engine, with clipping and the sum of squares it needs."
+    )
     attention: Literal["auto", "native", "sdpa", "reference"] = Field("auto", description="Attention.")
     cross_entropy: Literal["auto", "native", "reference"] = Field("auto", description="Softmax cross-entropy.")
     dropout: Literal["auto", "native", "reference"] = Field("auto", description="Dropout.")
+    layer_norm: Literal["auto", "native", "reference"] = Field("auto", description="LayerNorm.")
     linear: Literal["auto", "onednn", "reference"] = Field("auto", description="Linear layers.")
+    moe: Literal["auto", "native", "reference"] = Field("auto", description="Routing to experts, their order, and their MLPs.")
+    rms_norm: Literal["auto", "native", "reference"] = Field("auto", description="RMSNorm.")
+    rotary: Literal["auto", "native", "reference"] = Field("auto", description="Rotary positions.")
 
 
 class RunConfig(Section):

@@ -232,10 +232,11 @@ def _rank_log(run_dir: Path, attempt: int, rank: int) -> Iterator[None]:
 
 def _headline(config: RunConfig, launch: Launch, kernels: dict[str, str], *, deepspeed: bool) -> str:
     engine = f"deepspeed, ZeRO-{config.parallel.zero}" if deepspeed else "plain"
-    ops = ", ".join(f"{op}: {name}" for op, name in kernels.items())
+    names = dict.fromkeys(kernels.values())
+    ops = "; ".join(f"{name}: {', '.join(op for op, taken in kernels.items() if taken == name)}" for name in names)
     return (
         f"{config.name}: {launch.world_size} rank(s) by {launch.launcher}, {torch.get_num_threads()} thread(s) each, "
-        f"engine {engine}, {config.precision}, {ops}"
+        f"engine {engine}, {config.precision}; kernels {ops}"
     )
 
 

@@ -75,7 +75,7 @@ def build_engine(config: RunConfig, ctx: ParallelContext, chosen: dict[str, Impl
         from dist_llm.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(modules, config, state, ctx)
-    return PlainEngine(modules[0], config.optim, state)
+    return PlainEngine(modules[0], config.optim, state, adamw_step=chosen["adamw_step"].fn, sum_of_squares=chosen["sum_of_squares"].fn)
 
 
 _ALONE = ParallelContext(device=torch.device("cpu"))

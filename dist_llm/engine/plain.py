@@ -12,26 +12,44 @@ import torch
 
 from dist_llm.config.schema import OptimConfig
 from dist_llm.engine.base import DeviceBatch, LossModule, TrainState
+from dist_llm.kernels.adamw.reference import (
+    AdamWStepFn,
+    SumOfSquaresFn,
+    adamw_step_torch,
+    global_sum_of_squares_reference,
+)
 from dist_llm.optim.adamw import build_adamw, set_learning_rate
 
 __all__ = ["PlainEngine"]
 
 
 class PlainEngine:
-    """One rank, no process group, no DeepSpeed."""
+    """One rank, no process group, no DeepSpeed.
+
+    Clipping and the update are one pass over memory, after one that finds the norm.
+    """
 
     pipeline = None
 
-    def __init__(self, loss_module: LossModule, optim: OptimConfig, state: TrainState) -> None:
+    def __init__(
+        self,
+        loss_module: LossModule,
+        optim: OptimConfig,
+        state: TrainState,
+        *,
+        adamw_step: AdamWStepFn = adamw_step_torch,
+        sum_of_squares: SumOfSquaresFn = global_sum_of_squares_reference,
+    ) -> None:
         self.loss_module = loss_module
         self._model = loss_module.model
         self._clip_norm = optim.clip_norm
         self._model.load_weights(state.weights)
-        self._optimizer = build_adamw(self._model.named_parameters(), optim, self._model.config)
+        self._optimizer = build_adamw(self._model.named_parameters(), optim, self._model.config, adamw_step=adamw_step)
+        self._sum_of_squares = sum_of_squares
         if state.exp_avg is not None and state.exp_avg_sq is not None:
             for name, parameter in self._model.named_parameters():
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state.steps_taken), device=parameter.device),
+                    "step": torch.tensor(float(state.steps_taken)),
                     "exp_avg": state.exp_avg[name].to(parameter.device, copy=True),
                     "exp_avg_sq": state.exp_avg_sq[name].to(parameter.device, copy=True),
                 }
@@ -44,11 +62,10 @@ class PlainEngine:
             (nll / num_tokens).backward()  # backward adds into .grad: that sum is the accumulation
             total += nll.detach()
         grads = [p.grad for p in self._model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if self._clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._clip_norm, norm)
+        norm = self._sum_of_squares(grads).sqrt()
         set_learning_rate(self._optimizer, lr)
-        self._optimizer.step()
+        # The factor stays a tensor: on a GPU the update is launched before the norm is known here. 1e-6 is torch's own guard.
+        self._optimizer.step(grad_scale=(self._clip_norm / (norm + 1e-6)).clamp(max=1.0) if self._clip_norm > 0 else 1.0)
         self._optimizer.zero_grad(set_to_none=True)
         return total, float(norm)
 

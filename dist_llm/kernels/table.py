@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 import torch
 
-from dist_llm.kernels import attention, cross_entropy, dropout, linear, rms_norm
+from dist_llm.kernels import activation, adamw, attention, cross_entropy, dropout, layer_norm, linear, moe, rms_norm, rotary
 from dist_llm.kernels.impl import Impl, select
 from dist_llm.utils.errors import ConfigError
 
@@ -15,15 +15,27 @@ __all__ = ["LAYOUT_TABLES", "TABLES", "choices"]
 
 # A function that layers can ask for -> its implementations, best first. Functions of one folder share its config key.
 TABLES: dict[str, tuple[Impl, ...]] = {
+    "adamw_step": adamw.IMPLS,
     "attention": attention.IMPLS,
     "cross_entropy": cross_entropy.IMPLS,
     "cross_entropy_backward": cross_entropy.BACKWARD_IMPLS,
     "cross_entropy_partials": cross_entropy.PARTIALS_IMPLS,
     "dropout": dropout.IMPLS,
+    "dropout_add": dropout.ADD_IMPLS,
+    "expert_mlp": moe.MLP_IMPLS,
+    "gelu": activation.GELU_IMPLS,
+    "layer_norm": layer_norm.IMPLS,
+    "layer_norm_residual": layer_norm.RESIDUAL_IMPLS,
     "linear": linear.IMPLS,
     "linear_cross_entropy": cross_entropy.LINEAR_IMPLS,
+    "moe_permute": moe.PERMUTE_IMPLS,
+    "moe_route": moe.ROUTE_IMPLS,
+    "moe_unpermute": moe.UNPERMUTE_IMPLS,
     "rms_norm": rms_norm.IMPLS,
     "rms_norm_residual": rms_norm.RESIDUAL_IMPLS,
+    "rotary": rotary.IMPLS,
+    "sum_of_squares": adamw.SUM_OF_SQUARES_IMPLS,
+    "swiglu": activation.SWIGLU_IMPLS,
 }
 
 # Functions that only some layouts call (ring attention: attention over a part of the keys, and its gradients), chosen only for those:

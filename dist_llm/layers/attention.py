@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_llm.kernels.linear.reference import linear_reference
+from dist_llm.kernels.rotary.reference import rotary_reference
 from dist_llm.layers.linear import Linear, LinearFn, RowParallelLinear, joint_linear
 from dist_llm.layers.region import WHOLE, TensorRegion
-from dist_llm.layers.rotary import apply_rotary
+from dist_llm.layers.rotary import RotaryFn
 
 __all__ = ["AttentionFn", "KeyValueCache", "SelfAttention"]
 
@@ -66,6 +67,7 @@ class SelfAttention(nn.Module):
         bias: bool,
         fn: AttentionFn,
         linear: LinearFn = linear_reference,
+        rotate: RotaryFn = rotary_reference,
         scale: float | None = None,
         region: TensorRegion = WHOLE,
         recompute: bool = False,
@@ -84,6 +86,7 @@ class SelfAttention(nn.Module):
         self.value = Linear(dim, kv_dim, bias=bias, copies=region.kv, fn=linear)
         self.output = RowParallelLinear(num_heads // tp * head_dim, dim, bias=bias, region=region, fn=linear)
         self.fn = fn
+        self.rotate = rotate
 
     def forward(
         self,
@@ -126,8 +129,8 @@ class SelfAttention(nn.Module):
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
         if rotary is not None:
-            q_BTNH = apply_rotary(q_BTNH, *rotary)
-            k_BTKH = apply_rotary(k_BTKH, *rotary)
+            q_BTNH = self.rotate(q_BTNH, *rotary)
+            k_BTKH = self.rotate(k_BTKH, *rotary)
         if cache is not None:
             k_BTKH, v_BTKH = cache.append(k_BTKH, v_BTKH)
         options = {} if self.window is None else {"window": self.window}  # ring attention knows none

@@ -19,8 +19,9 @@ from dist_llm.comm.context import SINGLE, Group
 from dist_llm.kernels.linear.reference import linear_reference
 from dist_llm.layers.region import WHOLE, TensorRegion
 
-__all__ = ["Linear", "LinearFn", "RowParallelLinear", "joint_linear"]
+__all__ = ["ActivationFn", "Linear", "LinearFn", "RowParallelLinear", "joint_linear"]
 
+ActivationFn = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 LinearFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
@@ -42,9 +43,10 @@ class Linear(nn.Module):
         self.copies = copies
         self.fn = fn
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., in_features) -> (..., out_features), dtype of x."""
-        return self.fn(x, *self.tensors(x.dtype))
+    def forward(self, x: torch.Tensor, activation: ActivationFn | None = None) -> torch.Tensor:
+        """x: (..., in_features) -> (..., out_features), dtype of x; ``activation`` takes X A^T and b, and adds them itself."""
+        weight, bias = self.tensors(x.dtype)
+        return self.fn(x, weight, bias) if activation is None else activation(self.fn(x, weight, None), bias)
 
     def tensors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias as the product takes them."""

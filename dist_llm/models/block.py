@@ -39,13 +39,15 @@ class Places:
 def build_norm(config: ModelConfig, ops: Ops, region: TensorRegion = WHOLE) -> nn.Module:
     """The normalisation the config names."""
     if config.norm == "rms_norm":
-        return RMSNorm(config.d_model, eps=config.norm_eps, fn=ops.rms_norm, region=region)
-    return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias, region=region)
+        return RMSNorm(config.d_model, eps=config.norm_eps, fn=ops.rms_norm, residual_fn=ops.rms_norm_residual, region=region)
+    return LayerNorm(
+        config.d_model, eps=config.norm_eps, bias=config.bias, fn=ops.layer_norm, residual_fn=ops.layer_norm_residual, region=region
+    )
 
 
 def build_dropout(config: ModelConfig, ops: Ops, seed: int, name: str) -> Dropout:
     """Dropout of the residual stream's summand ``name``."""
-    return Dropout(config.dropout, seed=seed, name=name, fn=ops.dropout)
+    return Dropout(config.dropout, seed=seed, name=name, fn=ops.dropout, add_fn=ops.dropout_add)
 
 
 class Block(nn.Module):
@@ -80,6 +82,7 @@ class Block(nn.Module):
             bias=config.bias,
             fn=ops.attention,
             linear=ops.linear,
+            rotate=ops.rotary,
             scale=score_scale(config),
             region=region,
             recompute=recompute_attention,
@@ -87,12 +90,17 @@ class Block(nn.Module):
         )
         self.attention_dropout = build_dropout(config, ops, seed, f"blocks.{number}.attention")
         self.mlp_norm = build_norm(config, ops, region)
-        mlp = SwigluMLP if config.activation == "swiglu" else GeluMLP
-        self.mlp = mlp(config.d_model, config.ffn_size, bias=config.bias, linear=ops.linear, region=region)
+        if config.activation == "swiglu":
+            self.mlp: nn.Module = SwigluMLP(
+                config.d_model, config.ffn_size, bias=config.bias, linear=ops.linear, swiglu=ops.swiglu, region=region
+            )
+        else:
+            self.mlp = GeluMLP(config.d_model, config.ffn_size, bias=config.bias, linear=ops.linear, gelu=ops.gelu, region=region)
         self.mlp_dropout = build_dropout(config, ops, seed, f"blocks.{number}.mlp")
 
     def forward(self, x_BTD: torch.Tensor, places: Places, cache: KeyValueCache | None = None) -> torch.Tensor:
         """x_BTD: (B, T or, under sequence parallelism, T/tp, D) -> the same shape."""
         out_BTD = self.attention(self.attention_norm(x_BTD), rotary=places.rotary, doc_ids=places.doc_ids, cache=cache)
-        x_BTD = x_BTD + self.attention_dropout(out_BTD, places.samples, places.columns)
-        return x_BTD + self.mlp_dropout(self.mlp(self.mlp_norm(x_BTD)), places.samples, places.columns)
+        out_BTD = self.attention_dropout(out_BTD, places.samples, places.columns)
+        normed_BTD, x_BTD = self.mlp_norm(out_BTD, x_BTD)
+        return self.mlp_dropout(self.mlp(normed_BTD), places.samples, places.columns, residual=x_BTD)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from dist_llm.config.schema import ModelConfig, OptimConfig
+from dist_llm.kernels.adamw.reference import AdamWStepFn, adamw_step_torch
+from dist_llm.optim.fused_adamw import FusedAdamW
 from dist_llm.planning.mup import parameter_scaling
 
 __all__ = ["build_adamw", "set_learning_rate"]
@@ -16,16 +18,19 @@ _SCALE = "lr_scale"  # of a group; an optimiser carries keys it does not know al
 
 
 def build_adamw(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, model: ModelConfig | None = None
-) -> torch.optim.AdamW:
-    """torch's fused AdamW (Loshchilov and Hutter, arXiv:1711.05101).
-
-    Fused runs on CPU and CUDA, one pass over memory, and keeps its step count on the device.
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    optim: OptimConfig,
+    model: ModelConfig | None = None,
+    *,
+    adamw_step: AdamWStepFn = adamw_step_torch,
+) -> FusedAdamW:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused on CPU and CUDA.
 
     Args:
         named_parameters: logical names and parameters; under tensor parallelism the parts of this rank.
         optim: rates of the base width.
         model: whose ``mup_base_width`` scales rate and decay by parameter; None: no scaling.
+        adamw_step: an implementation of ``kernels/adamw``; torch's own unless a run chose another.
     """
     # Matrices first, then vectors, in the order of the model; without muP these are all groups there are.
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
@@ -34,7 +39,7 @@ def build_adamw(
         scaling = None if model is None else parameter_scaling(name, tuple(parameter.shape), model)
         lr_scale, decay_scale = (1.0, 1.0) if scaling is None else (scaling.lr, scaling.weight_decay)
         groups.setdefault((is_vector, lr_scale, decay_scale), []).append(parameter)
-    return torch.optim.AdamW(
+    return FusedAdamW(
         [
             {
                 "params": parameters,
@@ -47,7 +52,7 @@ def build_adamw(
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
-        fused=True,
+        adamw_step=adamw_step,
     )
 
 

@@ -73,7 +73,9 @@ class OutputSums:
         name = self._known.get(module, "")
         if not name:
             return
-        value = float(output.detach().double().square().sum())
+        # A norm that also adds to the residual stream gives that sum as well.
+        normed = output[0] if isinstance(output, tuple) else output
+        value = float(normed.detach().double().square().sum())
         if name.startswith("blocks."):
             # Recomputation in backward comes by a second time; what counts is what the loss was computed from.
             self._sums.setdefault((name, self._samples), value)

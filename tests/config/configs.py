@@ -9,6 +9,7 @@ from dist_llm.config.load import ConfigErrors, Problem, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = sorted((ROOT / "configs" / "tiny").glob("*.yaml"))
+GPT2, LLAMA = (ROOT / "configs" / "tiny" / name for name in ("gpt2.yaml", "llama.yaml"))
 
 SMALLEST = """\
 model:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,10 +17,8 @@ from dist_llm.kernels.attention.native import (
     why_not_native,
 )
 from dist_llm.kernels.attention.reference import attention_reference_lse
-from dist_llm.kernels.extension import load_extension
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.bfloat16]
 
 needs_native = pytest.mark.skipif(why_not_native(CPU, torch.float32) is not None, reason=str(why_not_native(CPU, torch.float32)))
@@ -204,46 +198,6 @@ def test_tokens_behind_a_cached_prefix_equal_the_whole_row() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_native_gives_the_same_bits_twice_and_at_any_number_of_threads(dtype: torch.dtype) -> None:
-    size = (2, 150, 150, 6, 2, 48)
-    inputs, options = make_inputs(size, dtype), make_options(size, OPTIONS["documents"])
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        first, again = (results(attention_native_lse, inputs, options) for _ in range(2))
-        torch.set_num_threads(3)
-        threaded = results(attention_native_lse, inputs, options)
-    finally:
-        torch.set_num_threads(threads)
-    for one, two, three in zip(first, again, threaded, strict=True):
-        assert torch.equal(one, two)
-        assert torch.equal(one, three)
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """New tensors are born full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        assert torch.empty(8).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@needs_native
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("size", [*SIZES.values(), (0, 5, 5, 2, 2, 8), (2, 0, 5, 2, 2, 8)], ids=str)
-def test_native_writes_every_element_of_every_result(size: tuple[int, ...]) -> None:
-    for dtype in DTYPES:
-        for options in ({"causal": True}, {"causal": True, "window": 9}):
-            for result in results(attention_native_lse, make_inputs(size, dtype), options):
-                assert torch.isfinite(result).all()
-
-
-@needs_native
 def test_queries_without_keys_get_zeros_and_an_infinite_log_sum_exp() -> None:
     out, lse = attention_native_lse(torch.randn(1, 3, 2, 8), torch.randn(1, 0, 2, 8), torch.randn(1, 0, 2, 8), causal=False)
     assert torch.equal(out, torch.zeros(1, 3, 2, 8))
@@ -259,37 +213,6 @@ def test_native_keeps_a_nan_visible(num_queries: int) -> None:
     assert out[0, -1, 1].isnan().all()
     out[0, -1, 1] = 0
     assert torch.isfinite(out).all()
-
-
-@needs_native
-def test_opcheck_accepts_both_ops() -> None:
-    size = (2, 11, 17, 4, 2, 24)
-    for dtype in DTYPES:
-        *qkv, dout, dlse = make_inputs(size, dtype)
-        elsewhere = {"causal": False, "doc_ids": torch.arange(34).view(2, 17) // 5, "query_doc_ids": torch.arange(22).view(2, 11) // 4}
-        for options in (OPTIONS["causal"], OPTIONS["everything"], elsewhere):
-            made = make_options(size, options)
-            documents = (made.get("doc_ids"), made.get("query_doc_ids"))
-            numbers = (made["causal"], made.get("window", 0), 0.2, made.get("soft_cap", 0.0))
-            for fp32_out in (False, True):
-                given = (*documents, made.get("alibi_slopes"), *numbers, fp32_out)
-                leaves = [t.clone().requires_grad_() for t in qkv]
-                torch.library.opcheck(torch.ops.dist_llm.attention, (*leaves, *given))
-                out, lse = torch.ops.dist_llm.attention(*qkv, *given)
-                assert out.dtype == (torch.float32 if fp32_out else dtype)
-                for given_dlse in (dlse, None):
-                    torch.library.opcheck(torch.ops.dist_llm.attention_backward, (dout, given_dlse, *qkv, out.to(dtype), lse, *given))
-
-
-@needs_native
-@pytest.mark.parametrize("options", [OPTIONS["causal"], OPTIONS["everything"]], ids=["causal", "everything"])
-def test_native_compiles_as_one_graph_with_equal_results(options: dict[str, Any]) -> None:
-    size = (2, 33, 33, 4, 2, 16)
-    inputs, made = make_inputs(size, torch.float32), make_options(size, options)
-    # aot_eager traces forward and backward through the fake kernels without generating code: the op is what is tested.
-    compiled = torch.compile(attention_native_lse, fullgraph=True, backend="aot_eager")
-    for traced, eager in zip(results(compiled, inputs, made), results(attention_native_lse, inputs, made), strict=True):
-        assert torch.equal(traced, eager)
 
 
 @needs_native
@@ -465,34 +388,3 @@ def test_native_refuses_other_dtypes() -> None:
 def test_why_not_native_names_the_dtypes_it_takes() -> None:
     assert "float64" in str(why_not_native(CPU, torch.float64))
     assert "torch.bfloat16" in str(why_not_native(CPU, torch.float64))
-
-
-# The instructions are chosen once in a process, so each set is tried in its own.
-CHECK_ISA = """
-from dist_llm.kernels.extension import load_extension
-from tests.kernels.test_attention_native import (
-    DTYPES, ELSEWHERE, ELSEWHERE_SIZES, OPTIONS, SIZES, assert_at_most_twice_the_reference_error,
-    test_queries_from_elsewhere_see_the_keys_of_their_document,
-)
-print(load_extension().cpu_isa)
-for dtype in DTYPES:
-    for size in SIZES.values():
-        for options in OPTIONS.values():
-            assert_at_most_twice_the_reference_error(size, dtype, options)
-    for size in ELSEWHERE_SIZES.values():
-        for documents in ELSEWHERE:
-            test_queries_from_elsewhere_see_the_keys_of_their_document(size, documents, dtype)
-"""
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ["avx2", "generic"])
-def test_native_is_as_exact_with_older_instructions(isa: str) -> None:
-    order = ["avx512", "avx2", "generic"]
-    if order.index(isa) < order.index(str(load_extension().cpu_isa)):
-        pytest.skip(f"this processor, or DIST_LLM_CPU_ISA, stops at {load_extension().cpu_isa}")
-    environment = {**os.environ, "DIST_LLM_CPU_ISA": isa}
-    command = [sys.executable, "-c", CHECK_ISA]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == isa

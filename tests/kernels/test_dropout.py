@@ -4,17 +4,22 @@ import itertools
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from dist_llm.kernels.dropout import IMPLS, site_number
+from dist_llm.kernels.dropout.native import dropout_add_native, dropout_native, why_not_native
 from dist_llm.kernels.dropout.philox import philox_4x32
-from dist_llm.kernels.dropout.reference import _key, dropout_reference, keep_mask
+from dist_llm.kernels.dropout.reference import dropout_add_reference, dropout_reference, keep_mask, mask_key
 from dist_llm.kernels.impl import select
 
+CPU = torch.device("cpu")
 B, T, D = 5, 123, 123
 SEED, SITE = 1234, site_number("layers.0.attention")
+
+needs_native = pytest.mark.skipif(why_not_native(CPU, torch.float32) is not None, reason=str(why_not_native(CPU, torch.float32)))
 
 
 def mask(p: float = 0.3, *, b: slice = slice(None), t: slice = slice(None), f: tuple[int, int] = (0, D), **changed: int) -> torch.Tensor:
@@ -64,7 +69,7 @@ def test_an_elements_number_comes_from_its_sample_column_and_feature() -> None:
     keep = mask(0.3)
     for b, t, f in ((0, 0, 0), (1, 5, 3), (2, 60, 4), (4, 122, 122), (3, 17, 101)):
         sample, column = 2**33 - 2 + b, 7 + t
-        number = philox_in_integers((f // 4, column, sample % 2**32, sample >> 32), _key(SEED, SITE))[f % 4]
+        number = philox_in_integers((f // 4, column, sample % 2**32, sample >> 32), mask_key(SEED, SITE))[f % 4]
         assert bool(keep[b, t, f]) == (number >= round(0.3 * 2**32))
 
 
@@ -171,5 +176,98 @@ def test_positions_that_do_not_fit_are_refused_with_all_shapes() -> None:
         dropout_reference(torch.ones(2, 3, 4), 0.5, seed=0, site=0, samples=torch.arange(3), columns=torch.arange(2))
 
 
-def test_the_table_gives_the_reference() -> None:
-    assert select(IMPLS, "auto", torch.device("cpu"), torch.float32).fn is dropout_reference
+def test_dropout_add_is_the_residual_plus_the_dropout_rounded_once() -> None:
+    x, residual = (torch.randn(B, T, D).bfloat16() for _ in range(2))
+    place: dict[str, Any] = {"seed": SEED, "site": SITE, "samples": torch.arange(B), "columns": torch.arange(T)}
+    expected = (residual.double() + dropout_reference(x.double(), 0.3, **place)).bfloat16()
+    difference = (dropout_add_reference(x, residual, 0.3, **place).double() - expected.double()).abs()
+    assert (difference > 0).double().mean() < 1e-3  # fp32 inside: a tie in ten thousand falls to the other side
+    assert torch.equal(dropout_add_reference(x, residual, 0.0, **place), residual + x)
+
+
+@needs_native
+@pytest.mark.parametrize("feature_start", [0, 1, 2, 3, 4, 131])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [1, 33, 123, 1024, 2081])
+def test_native_has_the_bits_of_the_reference(features: int, dtype: torch.dtype, feature_start: int) -> None:
+    x = torch.randn(2, 3, features).to(dtype)
+    samples, columns = torch.tensor([2**33 + 5, 0]), torch.tensor([2**32 - 1, 0, 77])
+    place: dict[str, Any] = {"seed": SEED, "site": SITE, "samples": samples, "columns": columns, "feature_start": feature_start}
+    for p in (0.1, 0.2, 0.5, 1 - 1e-12):  # 1 / (1 - 0.2) is 1.25: ties of bf16, which go to even; the last drops everything
+        results = []
+        for fn in (dropout_reference, dropout_native):
+            leaf = x.detach().requires_grad_()
+            y = fn(leaf, p, **place)
+            results.append((y, *torch.autograd.grad(y, leaf, x.flip(-1))))
+        for theirs, ours in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@needs_native
+def test_native_zeroes_a_dropped_element_whatever_it_was() -> None:
+    place: dict[str, Any] = {"seed": 0, "site": 0, "samples": torch.zeros(1, dtype=torch.int64), "columns": torch.arange(64)}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.full((1, 64, 70), float("nan")).to(dtype)
+        y = dropout_native(x, 0.5, **place)
+        assert torch.equal(y == 0, dropout_reference(torch.ones(1, 64, 70), 0.5, **place) == 0)
+        assert torch.equal(y == 0, ~y.isnan())
+        residual = torch.ones_like(x)
+        assert torch.equal(dropout_add_native(x, residual, 0.5, **place) == 1, y == 0)
+
+
+@needs_native
+def test_native_keeps_no_tensor_of_the_size_of_x_for_backward() -> None:
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(B, T, D, requires_grad=True)
+    place: dict[str, Any] = {"seed": 0, "site": 0, "samples": torch.arange(B), "columns": torch.arange(T)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert dropout_native(x, 0.5, **place).requires_grad
+        assert dropout_add_native(x, x, 0.5, **place).requires_grad
+    assert sorted(t.numel() for t in kept) == [B, B, T, T]
+
+
+@needs_native
+def test_native_compiles_once_more_for_another_seed_or_site() -> None:
+    compiled = torch.compile(dropout_native, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 8)
+    for seed, site, feature_start in ((1, 2, 0), (1, 3, 0), (2, 2**62 + 5, 4), (2**65, 7, 4)):
+        place: dict[str, Any] = {"seed": seed, "site": site, "samples": torch.arange(2), "columns": torch.arange(3)}
+        assert torch.equal(
+            compiled(x, 0.5, **place, feature_start=feature_start), dropout_reference(x, 0.5, **place, feature_start=feature_start)
+        )
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 3, 4, dtype=torch.float64)}, "dropout on CPU takes fp32 or bf16, not Double"),
+        ({"x": torch.ones(3, 4)}, r"dropout needs x \(B, T, D\), not \(3, 4\)"),
+        ({"p": 1.0}, r"must be in \[0, 1\), it is 1"),
+        ({"key0": 2**32}, r"keys must be in \[0, 2\^32\), they are 4294967296 and 2"),
+        (
+            {"samples": torch.arange(3)},
+            r"samples \(3\) must be int64 with one number for each of the 2 indices of dimension 0 of x \(2, 3, 4\)",
+        ),
+        ({"columns": torch.arange(3.0)}, r"columns \(3\) must be int64"),
+        ({"feature_start": -4}, "feature_start must be at least 0 and below 2.34, it is -4"),
+    ],
+)
+def test_the_op_refuses_what_it_cannot_do(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "x": torch.ones(2, 3, 4), "p": 0.5, "key0": 1, "key1": 2, "samples": torch.arange(2), "columns": torch.arange(3), "feature_start": 0,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dist_llm.dropout(**{**arguments, **change})
+
+
+def test_the_table_gives_what_can_run() -> None:
+    assert select(IMPLS, "reference", CPU, torch.float32).fn is dropout_reference
+    assert select(IMPLS, "auto", CPU, torch.float64).fn is dropout_reference
+    native = why_not_native(CPU, torch.float32) is None
+    assert select(IMPLS, "auto", CPU, torch.float32).fn is (dropout_native if native else dropout_reference)

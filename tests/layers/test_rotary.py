@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_llm.layers.rotary import apply_rotary, rotary_table
+from dist_llm.kernels.rotary.reference import rotary_reference
+from dist_llm.layers.rotary import rotary_table
 
 
 def turned_by_complex_numbers(x_BTNH: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
@@ -23,7 +24,7 @@ def test_rotary_is_a_complex_multiplication(head_dim: int, theta: float, dtype: 
     x = torch.randn(2, 5, 3, head_dim, generator=generator).to(dtype)
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 0, 1_000_003, 131_071, 2]])
     exact = turned_by_complex_numbers(x, positions, theta)
-    ours = apply_rotary(x, *rotary_table(positions, head_dim, theta))
+    ours = rotary_reference(x, *rotary_table(positions, head_dim, theta))
     assert ours.dtype == dtype
     # Two products, a sum and a table in fp32, then one rounding: far positions are no worse than near ones.
     pair_length = exact.abs().max()
@@ -32,12 +33,12 @@ def test_rotary_is_a_complex_multiplication(head_dim: int, theta: float, dtype: 
 
 def test_position_zero_turns_nothing() -> None:
     x = torch.randn(1, 1, 2, 8)
-    assert torch.equal(apply_rotary(x, *rotary_table(torch.zeros(1, 1, dtype=torch.int64), 8, 10_000.0)), x)
+    assert torch.equal(rotary_reference(x, *rotary_table(torch.zeros(1, 1, dtype=torch.int64), 8, 10_000.0)), x)
 
 
 def test_rotary_keeps_lengths() -> None:
     x = torch.randn(2, 9, 3, 16)
-    turned = apply_rotary(x, *rotary_table(torch.arange(9).expand(2, 9), 16, 10_000.0))
+    turned = rotary_reference(x, *rotary_table(torch.arange(9).expand(2, 9), 16, 10_000.0))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 
@@ -47,7 +48,7 @@ def test_a_score_depends_on_the_distance_of_positions_only() -> None:
 
     def score(query_position: int, key_position: int) -> float:
         places = torch.tensor([[query_position]]), torch.tensor([[key_position]])
-        turned = [apply_rotary(x, *rotary_table(place, 32, 10_000.0)) for x, place in zip((q, k), places, strict=True)]
+        turned = [rotary_reference(x, *rotary_table(place, 32, 10_000.0)) for x, place in zip((q, k), places, strict=True)]
         return float((turned[0].double() * turned[1].double()).sum())
 
     for distance in (0, 1, 5, 300):
@@ -60,7 +61,7 @@ def test_a_score_depends_on_the_distance_of_positions_only() -> None:
 def test_gradient_is_turned_back() -> None:
     x = torch.randn(1, 4, 2, 8, requires_grad=True)
     cos, sin = rotary_table(torch.arange(4)[None], 8, 10_000.0)
-    out = apply_rotary(x, cos, sin)
+    out = rotary_reference(x, cos, sin)
     dout = torch.randn_like(out)
     (dx,) = torch.autograd.grad(out, x, dout)
-    torch.testing.assert_close(dx, apply_rotary(dout, cos, -sin))
+    torch.testing.assert_close(dx, rotary_reference(dout, cos, -sin))

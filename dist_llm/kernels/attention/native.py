@@ -33,7 +33,7 @@ Grads = tuple[torch.Tensor | None, ...]
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run, or None. Loads the extension at the first call."""
-    supported = (torch.float32, torch.bfloat16)
+    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
     if dtype not in supported:
         return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
     return why_no_kernel("attention", device)
@@ -104,11 +104,13 @@ def attention_native_lse(
     """``attention_reference_lse`` block by block; ask ``why_not_native`` first, as ``select`` does.
 
     Args:
-        q: (B, T, N, H): the last T of S tokens, or tokens from elsewhere in the row with ``query_doc_ids``; fp32 or bf16.
+        q: (B, T, N, H): the last T of S tokens, or tokens from elsewhere in the row with ``query_doc_ids``; fp32 or bf16 (CUDA:
+            fp16 too, and H up to 256).
         k: (B, S, K, H), N a multiple of K, dtype of q.
         v: (B, S, K, H), dtype of q.
         causal: a query sees no later key.
-        doc_ids: (B, S), int32 or int64, never falling along a row, or None.
+        doc_ids: (B, S), int32 or int64, never falling along a row, or None. Falling ones are an error on CPU; on CUDA, where finding out
+            would stop the queue, the results of that row are NaN.
         query_doc_ids: (B, T), dtype of doc_ids, never falling along a row, or None: the queries are among the keys.
         scale: factor of the scores; default 1 / sqrt(H).
         window: a query sees only keys fewer than this many tokens away, or None.

@@ -43,8 +43,10 @@ torch.library.define(
 )
 torch.library.define("dist_llm::cross_entropy_grad_", "(Tensor(a!) logits, Tensor targets, int ignore, float z_loss) -> Tensor loss")
 
-# Of a product that is added to the gradient of the weight: 1.5 MiB in bf16, about a second-level cache.
+# Of a product that is added to the gradient of the weight: 1.5 MiB in bf16, about a second-level cache of a CPU core. On a GPU, where a
+# product of that size is over before the next one is launched, 128 MiB.
 BLOCK_ELEMENTS = 3 << 18
+CUDA_BLOCK_ELEMENTS = 1 << 26
 
 Tensors = tuple[torch.Tensor, ...]
 Grads = tuple[torch.Tensor | None, ...]
@@ -52,7 +54,7 @@ Grads = tuple[torch.Tensor | None, ...]
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run, or None. Loads the extension at the first call."""
-    supported = (torch.float32, torch.bfloat16)
+    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
     if dtype not in supported:
         return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
     return why_no_kernel("cross_entropy", device)
@@ -115,7 +117,7 @@ def linear_forward(
     num_rows, (vocab, dim) = hidden.shape[0], weight.shape
     at_once = max(1, num_rows // chunks)
     narrow = weight.to(hidden.dtype)
-    block = max(1, BLOCK_ELEMENTS // dim)
+    block = max(1, (CUDA_BLOCK_ELEMENTS if hidden.is_cuda else BLOCK_ELEMENTS) // dim)
     logits = hidden.new_empty(at_once, vocab)
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     dhidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
@@ -171,8 +173,9 @@ def cross_entropy_native(logits: torch.Tensor, targets: torch.Tensor, *, ignore:
     """``cross_entropy_reference`` in one pass over memory; ask ``why_not_native`` first, as ``select`` does.
 
     Args:
-        logits: (..., V), fp32 or bf16; copied when it is not contiguous.
-        targets: (...) int64, each ``ignore`` or in [0, V).
+        logits: (..., V), fp32 or bf16 (CUDA: fp16 too); copied when it is not contiguous.
+        targets: (...) int64, each ``ignore`` or in [0, V). Another one is an error on CPU; on CUDA, where finding out would stop the queue, the
+            loss and the gradient of its row are NaN.
         ignore: marks a row that does not count.
         z_loss: weight of the square of lse.
 
@@ -190,7 +193,7 @@ def cross_entropy_partials_native(
     """``cross_entropy_partials_reference`` in one pass over memory. Not differentiable.
 
     Args:
-        logits: (N, V), fp32 or bf16: columns ``vocab_start`` to ``vocab_start + V`` of the whole; copied when not contiguous.
+        logits: (N, V), fp32 or bf16 (CUDA: fp16 too): columns ``vocab_start`` to ``vocab_start + V`` of the whole; copied when not contiguous.
         targets: (N,) int64 in the whole vocabulary, or ``ignore``.
         ignore: marks a row that does not count.
         vocab_start: first column at hand.
@@ -219,7 +222,7 @@ def cross_entropy_backward_native(
 
     Args:
         dloss: scalar fp32, gradient of the summed loss.
-        logits: (N, V), fp32 or bf16; copied when not contiguous.
+        logits: (N, V), fp32 or bf16 (CUDA: fp16 too); copied when not contiguous.
         targets: (N,) int64 in the whole vocabulary, or ``ignore``.
         row_max: (N,) fp32, over all columns of all ranks.
         row_sum: (N,) fp32, over all columns of all ranks.
@@ -244,8 +247,8 @@ def linear_cross_entropy_native(
     Forward computes the gradients as well where they are wanted, and keeps those of ``hidden`` and, in fp32, of ``weight``.
 
     Args:
-        hidden: (..., D), fp32 or bf16; copied when it is not contiguous.
-        weight: (V, D), dtype of hidden or fp32.
+        hidden: (..., D), fp32 or bf16 (CUDA: fp16 too); copied when it is not contiguous.
+        weight: (V, D), dtype of hidden or fp32; copied when it is not contiguous.
         targets: (...) int64, each ``ignore`` or in [0, V).
         ignore: marks a row that does not count.
         z_loss: weight of the square of lse.
@@ -259,6 +262,6 @@ def linear_cross_entropy_native(
     rows = hidden.flatten(0, -2).contiguous()
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss: torch.Tensor = torch.ops.dist_llm.linear_cross_entropy(
-        rows, weight, targets.flatten().contiguous(), ignore, z_loss, chunks, needs_grad
+        rows, weight.contiguous(), targets.flatten().contiguous(), ignore, z_loss, chunks, needs_grad
     )[0]
     return loss

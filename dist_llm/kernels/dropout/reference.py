@@ -8,6 +8,7 @@ recomputation in backward needs no saved state.
 from __future__ import annotations
 
 import hashlib
+import operator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_llm.kernels.dropout.philox import philox_4x32
 
-__all__ = ["dropout_reference", "keep_mask", "site_number"]
+__all__ = ["check_dropout", "dropout_add_reference", "dropout_reference", "keep_mask", "mask_key", "site_number"]
 
 _MASK = 0xFFFFFFFF
 _WORDS = 4  # outputs of one counter: that many neighbouring features share it
@@ -53,16 +54,47 @@ def dropout_reference(
     Raises:
         ValueError: p or a shape is wrong.
     """
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout probability must be in [0, 1), it is {p}")
+    check_dropout(x, p, samples, columns)
     if p == 0.0:
         return x
-    if x.dim() != 3 or samples.shape != x.shape[:1] or columns.shape != x.shape[1:2]:
-        raise ValueError(
-            f"dropout needs x (B, T, D) with samples (B,) and columns (T,); "
-            f"they are {tuple(x.shape)}, {tuple(samples.shape)} and {tuple(columns.shape)}"
-        )
-    return _Dropout.apply(x, p, _key(seed, site), samples, columns, feature_start)  # type: ignore[no-untyped-call]
+    return _Dropout.apply(x, p, mask_key(seed, site), samples, columns, feature_start)  # type: ignore[no-untyped-call]
+
+
+def dropout_add_reference(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    p: float,
+    *,
+    seed: int,
+    site: int,
+    samples: torch.Tensor,
+    columns: torch.Tensor,
+    feature_start: int = 0,
+) -> torch.Tensor:
+    """``residual + dropout(x)``, in fp32 and rounded once.
+
+    Args:
+        x: (B, T, D), what a layer adds to the residual stream: the features ``feature_start:feature_start + D`` of some tokens.
+        residual: like x.
+        p: probability of a zero, in [0, 1). With 0 the answer is the plain sum.
+        seed: of the run.
+        site: from ``site_number``.
+        samples: (B,) int64, global number of the sample in each row, at least 0.
+        columns: (T,) int64, index of each token in its row, in [0, 2**32).
+        feature_start: of this part, when features are divided over ranks.
+
+    Returns:
+        (B, T, D), dtype of x.
+
+    Raises:
+        ValueError: p or a shape is wrong.
+    """
+    check_dropout(x, p, samples, columns)
+    if p == 0.0:
+        return residual + x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dropped = _Dropout.apply(x.to(wide), p, mask_key(seed, site), samples, columns, feature_start)  # type: ignore[no-untyped-call]
+    return (residual.to(wide) + dropped).to(x.dtype)
 
 
 def keep_mask(
@@ -76,7 +108,35 @@ def keep_mask(
     feature_start: int = 0,
 ) -> torch.Tensor:
     """Which elements dropout keeps: (B, T, num_features) bool. Arguments as ``dropout_reference``."""
-    return _keep(num_features, p, _key(seed, site), samples, columns, feature_start)
+    return _keep(num_features, p, mask_key(seed, site), samples, columns, feature_start)
+
+
+def mask_key(seed: int, site: int) -> tuple[int, int]:
+    """Key of the generator, two numbers in [0, 2**32)."""
+    # index() is a no-op that makes torch's compiler take numbers that change from call to call for constants.
+    return _hashed(operator.index(seed), operator.index(site))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # the compiler cannot look into hashlib
+def _hashed(seed: int, site: int) -> tuple[int, int]:
+    # A hash, so that the whole of a large seed counts, and neighbouring seeds and sites get unrelated keys.
+    digest = hashlib.sha256(f"dropout/{seed}/{site}".encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def check_dropout(x: torch.Tensor, p: float, samples: torch.Tensor, columns: torch.Tensor) -> None:
+    """Check the arguments of a dropout; positions count only where something is dropped.
+
+    Raises:
+        ValueError: p or a shape is wrong.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1), it is {p}")
+    if p > 0.0 and (x.dim() != 3 or samples.shape != x.shape[:1] or columns.shape != x.shape[1:2]):
+        raise ValueError(
+            f"dropout needs x (B, T, D) with samples (B,) and columns (T,); "
+            f"they are {tuple(x.shape)}, {tuple(samples.shape)} and {tuple(columns.shape)}"
+        )
 
 
 class _Dropout(torch.autograd.Function):
@@ -124,9 +184,3 @@ def _keep(
     words = torch.stack(philox_4x32(counter, key), dim=-1)  # (B, T, counters, 4)
     skip = feature_start - first * _WORDS
     return words.flatten(-2)[..., skip : skip + num_features] >= round(p * 2.0**32)
-
-
-def _key(seed: int, site: int) -> tuple[int, int]:
-    # A hash, so that the whole of a large seed counts, and neighbouring seeds and sites get unrelated keys.
-    digest = hashlib.sha256(f"dropout/{seed}/{site}".encode()).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")

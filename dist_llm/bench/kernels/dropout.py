@@ -1,0 +1,60 @@
+"""``bench dropout``."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from dist_llm.bench.kernels.case import Race
+from dist_llm.kernels.dropout import ADD_IMPLS, IMPLS
+from dist_llm.kernels.impl import select
+
+__all__ = ["races"]
+
+P = 0.1
+NOTES = "torch's own dropout has another mask, which depends on the order of calls: it is timed beside, not compared."
+
+
+def torch_dropout(x: torch.Tensor) -> torch.Tensor:
+    """torch's own, with the global generator."""
+    return F.dropout(x, P)
+
+
+def torch_dropout_add(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """torch's own, with the global generator, and the sum."""
+    return residual + F.dropout(x, P)
+
+
+def races(device: torch.device) -> list[Race]:
+    """bf16, forward and backward; the plain definition of the mask is the peer."""
+    batch, tokens, dim = (12, 256, 1536) if device.type == "cpu" else (16, 1024, 4096)
+    x, residual = (torch.randn(batch, tokens, dim, device=device).bfloat16() for _ in range(2))
+    place = {"seed": 1, "site": 2, "samples": torch.arange(batch, device=device), "columns": torch.arange(tokens, device=device)}
+    shape = f"bf16 {batch} x {tokens} x {dim}, p = {P}"
+    return [
+        Race(
+            title=f"dropout {shape}",
+            args=(x,),
+            wanted=(0,),
+            reference=partial(IMPLS[-1].fn, p=P, **place),
+            ours=partial(select(IMPLS, "auto", device, x.dtype).fn, p=P, **place),
+            eager=partial(IMPLS[-1].fn, p=P, **place),
+            yardsticks={"torch": torch_dropout},
+            moved_bytes=4 * x.nbytes,
+            notes=NOTES,
+        ),
+        Race(
+            title=f"dropout and residual {shape}",
+            args=(x, residual),
+            wanted=(0, 1),
+            reference=partial(ADD_IMPLS[-1].fn, p=P, **place),
+            ours=partial(select(ADD_IMPLS, "auto", device, x.dtype).fn, p=P, **place),
+            eager=partial(ADD_IMPLS[-1].fn, p=P, **place),
+            yardsticks={"torch": torch_dropout_add},
+            # Forward reads both and writes the sum, whose gradient is the residual's: backward reads it and writes that of x.
+            moved_bytes=5 * x.nbytes,
+            notes=NOTES,
+        ),
+    ]
