@@ -131,6 +131,8 @@ class SelfAttention(nn.Module):
         if rotary is not None:
             q_BTNH = self.rotate(q_BTNH, *rotary)
             k_BTKH = self.rotate(k_BTKH, *rotary)
+            # A view of the joint projection would keep queries and keys from before the rotation alive with it.
+            v_BTKH = v_BTKH.contiguous()
         if cache is not None:
             k_BTKH, v_BTKH = cache.append(k_BTKH, v_BTKH)
         options = {} if self.window is None else {"window": self.window}  # ring attention knows none

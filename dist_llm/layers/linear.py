@@ -10,9 +10,11 @@ ranks' products are summed (Shoeybi et al., arXiv:1909.08053, section 3).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from dist_llm.comm.autograd import copy_to_group
 from dist_llm.comm.context import SINGLE, Group
@@ -71,9 +73,32 @@ def joint_linear(layers: Sequence[Linear], x: torch.Tensor) -> tuple[torch.Tenso
     if not torch.is_grad_enabled() or any(layer.weight.ndim != 2 for layer in layers):
         return tuple(layer(x) for layer in layers)
     weights, biases = zip(*(layer.tensors(x.dtype) for layer in layers), strict=True)
-    bias = None if biases[0] is None else torch.cat(biases)
-    y = layers[0].fn(x, torch.cat(weights), bias)
+    y = _JointLinear.apply(layers[0].fn, x, len(layers), *weights, *biases)  # type: ignore[no-untyped-call]
     return torch.split(y, [layer.weight.shape[0] for layer in layers], dim=-1)
+
+
+class _JointLinear(torch.autograd.Function):
+    """Keeps the weights where they are: the copy of them side by side is made again for backward, not kept till then."""
+
+    @staticmethod
+    def forward(ctx: Any, fn: LinearFn, x: torch.Tensor, num_layers: int, *tensors: torch.Tensor | None) -> torch.Tensor:
+        weights, biases = tensors[:num_layers], tensors[num_layers:]
+        ctx.save_for_backward(x, *weights)
+        ctx.has_bias = biases[0] is not None
+        return fn(x, torch.cat(weights), torch.cat(biases) if ctx.has_bias else None)  # type: ignore[arg-type]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        sizes = [weight.shape[0] for weight in weights]
+        dx = torch.mm(rows, torch.cat(weights)).view(x.shape) if ctx.needs_input_grad[1] else None
+        dweights: Sequence[torch.Tensor | None] = [None] * len(weights)
+        if any(ctx.needs_input_grad[3 : 3 + len(weights)]):
+            dweights = torch.split(torch.mm(rows.t(), x.reshape(-1, x.shape[-1])), sizes)
+        dbiases: Sequence[torch.Tensor | None] = torch.split(rows.sum(0), sizes) if ctx.has_bias else [None] * len(weights)
+        return None, dx, None, *dweights, *dbiases
 
 
 class RowParallelLinear(nn.Module):

@@ -8,8 +8,8 @@ of the MLP, t tensor-parallel ranks and b bytes an element:
     outputs of the two norms        2 D b        whole also under sequence parallelism: the gathered tensor is what is saved
     query, key, value, result       (2 N + 2 K) H b / t
     log-sum-exp of attention        4 N / t
-    MLP                             4 F b / t gated (gate, silu, up, product), 2 F b / t with gelu
-    statistics of the norms         8 (root mean square) or, of LayerNorm, 4 b
+    MLP                             3 F b / t gated (gate, up, product), 2 F b / t with gelu
+    statistics of the norms         8 (root mean square) or, of LayerNorm, 16
 
 Compare Korthikanti et al., arXiv:2205.05198, section 4, whose 34 s b h are those of dropout masks and unfused kernels.
 docs/planning/memory.md has the measured figures.
@@ -29,7 +29,7 @@ __all__ = ["OURS", "Kept", "Saving", "kept_for_backward"]
 
 @dataclass(frozen=True)
 class Saving:
-    """What a training system's layers save, where systems differ; the defaults are the trainer's own layers.
+    """What a training system's layers save, where systems differ; ``OURS`` are the trainer's own layers.
 
     fused_attention: the T x T scores are never written; else scores and probabilities, in the compute dtype, and a mask.
     gathers_again: under sequence parallelism only the divided tensor is saved and the backward gathers it again (Megatron-LM).
@@ -39,7 +39,7 @@ class Saving:
     selective: what recomputation called selective keeps besides the input of a block. ``attention``: all but what lies between
         the projections (Korthikanti et al., arXiv:2205.05198, section 5). ``products``: the results of attention and of matrix
         products. ``half``: of attention and of every second product.
-    reference: plain PyTorch instead of compiled kernels: norms, attention and loss save fp32 copies.
+    reference: plain PyTorch instead of compiled kernels: norms, attention, activations and loss save fp32 copies.
     casts_weights: each product saves a copy of its weight in the compute dtype (the module's parameters are fp32).
     dropout: one byte an element for the masks of the two sub-layers' results.
     """
@@ -54,7 +54,7 @@ class Saving:
     dropout: bool = False
 
 
-OURS = Saving()
+OURS = Saving(gated_tensors=3)
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def kept_for_backward(model: ModelShape, layout: LayoutShape, size: int, saving:
     query, key = tokens * heads * head * size, tokens * kv_heads * head * size
     stream = own * d * size
 
-    statistics = own * (2 * size if model.norm == "layer_norm" else 4)
+    statistics = own * (8 if model.norm == "layer_norm" and not saving.reference else 4)
     input_size = saving.input_size or size
     norm_input, norm_output = stream, entering * d * input_size
-    if saving.reference and model.norm == "rms_norm":
-        norm_input = own * d * 4 * 2  # the fp32 copy, or x itself, and x / rms
+    if saving.reference:
+        norm_input = own * d * 4 * 2  # of RMSNorm the fp32 copy, or x itself, and x / rms; of LayerNorm the centred x, and that times rstd
     norms = 2 * (norm_input + norm_output + statistics)
 
     if saving.reference:
@@ -125,8 +125,10 @@ def kept_for_backward(model: ModelShape, layout: LayoutShape, size: int, saving:
     ffn = tokens * (size + input_size)
     if model.gated:
         ffn = tokens * ((saving.gated_tensors - 1) * size + input_size if saving.gated_tensors > 2 else 2 * size)
+    if saving.reference:
+        ffn = tokens * ((12 if model.gated else 4) + input_size)  # gate, silu and up, or the input of gelu, in fp32
     masks = 2 * own * d if saving.dropout else 0
-    cast_norm = d * size * (2 if model.norm == "layer_norm" and model.bias else 1)
+    cast_norm = d * size
     cast_attention = cast_mlp = cast_expert = cast_head = 0
     if size < 4 and not saving.casts_weights:
         # Of parameters that several tensor-parallel ranks hold, gradients are summed in fp32: they are cast there and back.
@@ -135,7 +137,7 @@ def kept_for_backward(model: ModelShape, layout: LayoutShape, size: int, saving:
         cast_attention, cast_head = 2 * shared_norm + shared_heads, shared_norm
     elif size < 4:
         cast_attention = model.attention_weights // tp * size + 2 * cast_norm
-        cast_mlp = model.mlp_weights // tp * size
+        cast_mlp = (model.mlp_weights + (model.ffn_dim if model.bias and not model.gated else 0)) // tp * size  # gelu adds the bias
         cast_expert = model.num_experts // layout.ep * model.expert_weights * size
         cast_head = -(-model.vocab_size // tp) * d * size + cast_norm
     block = norms + attention + masks + cast_attention
@@ -166,7 +168,7 @@ def kept_for_backward(model: ModelShape, layout: LayoutShape, size: int, saving:
                 moe = min(moe, stream + query + (products + wide * active * model.expert_ffn // tp) // share)
     rows = -(-model.vocab_size // tp)
     final_norm = stream + norm_output + statistics
-    if saving.reference and model.norm == "rms_norm":
+    if saving.reference:
         final_norm = norm_input + norm_output + statistics
     return Kept(
         layer=dense,

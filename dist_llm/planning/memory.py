@@ -5,10 +5,10 @@ The arithmetic is that of ``planning.rank_memory``, whose figures are exact for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_llm.config.schema import RunConfig
-from dist_llm.planning.activations import Saving
+from dist_llm.planning.activations import OURS as OUR_LAYERS
 from dist_llm.planning.bookkeeping import OURS
 from dist_llm.planning.count import count_params
 from dist_llm.planning.layout_shape import LayoutShape
@@ -54,14 +54,15 @@ def rank_bytes(config: RunConfig, ranks: int, *, plain: bool = False, stage: int
     overlaps: communication overlaps the backward, as it does on CUDA.
     """
     parallel = config.parallel
-    kernels = (config.kernels.rms_norm, config.kernels.attention, config.kernels.cross_entropy)
+    chosen, norm = config.kernels, config.kernels.rms_norm if config.model.norm == "rms_norm" else config.kernels.layer_norm
+    kernels = (norm, chosen.activation, chosen.attention, chosen.cross_entropy)
     return memory_of(
         from_config(config.model, config.data.seq_len),
         layout_of(config, ranks, plain=plain),
         precision=config.precision,
         stage=stage,
         # Without a word in the config the compiled kernels are assumed; all of the plain ones save more.
-        saving=Saving(reference=all(name == "reference" for name in kernels)),
+        saving=replace(OUR_LAYERS, reference=all(name == "reference" for name in kernels)),
         bookkeeping=OURS,
         recompute_layers=parallel.recompute_layers,
         exchanges_heads=parallel.cp_kind == "all_to_all" and not plain,

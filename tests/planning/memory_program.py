@@ -111,7 +111,7 @@ def _held(engine: Any) -> dict[str, int]:
         masters = optimizer.fp32_partitioned_groups_flat
         buckets = [bucket.buffer for bucket in optimizer.ipg_buckets.values()]
     else:
-        assert kind == "AdamW", f"an optimiser of DeepSpeed that nothing is known of: {kind}"
+        assert kind == "FusedAdamW", f"an optimiser of DeepSpeed that nothing is known of: {kind}"
     moments = [t for state in engine._basic.state.values() for key, t in state.items() if key != "step"]
     return {
         "parameters": storage_bytes(weights),

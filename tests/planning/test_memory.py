@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from dist_llm.engine.batches import StepBatches
 from dist_llm.engine.build import build_engine, choose_ops
 from dist_llm.engine.plain import PlainEngine
 from dist_llm.kernels.extension import why_no_kernel
-from dist_llm.planning.activations import Saving, kept_for_backward
+from dist_llm.planning.activations import OURS, kept_for_backward
 from dist_llm.planning.count import count_params
 from dist_llm.planning.memory import checkpoint_bytes, layout_of, rank_memory
 from dist_llm.planning.shapes import from_config
@@ -100,13 +101,14 @@ def test_a_checkpoint_holds_masters_and_two_moments(tmp_path: Path) -> None:
 def test_activations_are_what_autograd_saves(name: str, precision: str, kernels: str) -> None:
     if kernels == "native" and (reason := why_no_kernel("attention", torch.device("cpu"))):
         pytest.skip(reason)
-    chosen = [f"kernels.{op}={kernels}" for op in ("rms_norm", "attention", "cross_entropy")]
+    ops = ("activation", "attention", "cross_entropy", "layer_norm", "rms_norm", "rotary")
+    chosen = [f"kernels.{op}={kernels}" for op in ops]
     for recompute in ("none", "selective", "full"):
         config = tiny(name, f"precision={precision}", f"parallel.recompute={recompute}", *chosen)
         engine = plain_engine(config)
         batch = StepBatches(MadeUpRows(config), config, ParallelContext(device=torch.device("cpu"))).at(0)[0][0]
         counted = saved_bytes(engine.loss_module, batch)
-        saving = Saving(reference=kernels == "reference", casts_weights=precision == "bf16")
+        saving = replace(OURS, reference=kernels == "reference", casts_weights=precision == "bf16")
         model, layout = from_config(config.model, config.data.seq_len), layout_of(config, 1, plain=True)
         kept = kept_for_backward(model, layout, 2 if precision == "bf16" else 4, saving)
         planned = config.model.num_layers * kept.layer + kept.first + kept.last + kept.logits
@@ -122,7 +124,7 @@ def test_activations_are_what_autograd_saves(name: str, precision: str, kernels:
 
 def test_the_plan_of_a_rank_adds_up_its_micro_batch() -> None:
     config = tiny("llama", "precision=bf16")
-    kept = kept_for_backward(from_config(config.model, 64), layout_of(config, 1, plain=True), 2, Saving(casts_weights=True))
+    kept = kept_for_backward(from_config(config.model, 64), layout_of(config, 1, plain=True), 2, replace(OURS, casts_weights=True))
     planned = rank_memory(config, 1, plain=True)
     assert planned.activations == 4 * kept.layer + kept.shared + kept.first + kept.last
     assert planned.logits == 2 * 2 * 128 * 512  # two bytes for 2 x 64 tokens and 512 words, and their gradient
