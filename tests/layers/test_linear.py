@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dist_llm.layers.embedding import Embedding
-from dist_llm.layers.linear import Linear
+from dist_llm.layers.linear import Linear, joint_linear
 from dist_llm.layers.mlp import GeluMLP, SwigluMLP
 
 
@@ -87,3 +87,50 @@ def test_mlps_are_their_formulas(bias: bool) -> None:
             gate = linear("gate", x.double())
             inner = gate * torch.sigmoid(gate) * up
         torch.testing.assert_close(module(x).double(), linear("down", inner), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joint_layers_compute_what_each_computes_alone_with_every_gradient(bias: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    layers = [fill(Linear(33, out, bias=bias)) for out in (17, 5, 8)]
+    x = torch.randn(2, 9, 33, generator=generator).to(dtype)
+    results = []
+    for compute in (lambda t: joint_linear(layers, t), lambda t: tuple(layer(t) for layer in layers)):
+        leaf = x.clone().requires_grad_()
+        outputs = compute(leaf)
+        parameters = [p for layer in layers for p in layer.parameters()]
+        grads = torch.autograd.grad([(y.float() * (i + 1)).square().sum() for i, y in enumerate(outputs)], [leaf, *parameters])
+        results.append([*outputs, *grads])
+    # The joint product adds up the gradient of x inside; in bf16 the sum of three gradients is rounded twice more.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for joint, alone in zip(*results, strict=True):
+        assert joint.dtype == alone.dtype and joint.shape == alone.shape
+        assert (joint - alone).abs().max() <= tolerance * alone.abs().max()
+
+
+def test_joint_layers_keep_no_copy_of_their_weights_for_backward() -> None:
+    layers = [fill(Linear(64, 64, bias=True)) for _ in range(3)]
+    x = torch.randn(4, 64)
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        joint_linear(layers, x)
+    own = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
+    assert saved.keys() <= own
+
+
+def test_joint_layers_go_one_by_one_where_a_weight_is_not_there() -> None:
+    layers = [fill(Linear(6, 4, bias=False)) for _ in range(2)]
+    seen: list[Linear] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, _inputs, _output: seen.append(module))
+    with torch.no_grad():
+        joint_linear(layers, torch.randn(3, 6))
+    assert seen == layers  # as ZeRO-3 wants it, which fills a weight while its layer is called
+    joint_linear(layers, torch.randn(3, 6))
+    assert seen == layers
