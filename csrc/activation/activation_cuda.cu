@@ -1,12 +1,13 @@
 // Gelu and swiglu on CUDA, forward and backward; the contract is in activation.h.
 //
-// NOT YET RUN ON A GPU: this file compiles for sm_80 and sm_90a (tools/compile_cuda.py); no number in the docs comes from it.
+// NOT YET RUN ON A GPU: this file compiles for sm_80 and sm_90a (tools/compile_cuda.py) and passes its cases in tests/cuda_emulator; no
+// number in the docs comes from it.
 //
 // Formula   y = D(gelu(x + bias)) or D(silu(gate + bias) (up + up_bias)), D the dropout of dropout/keep_cuda.cuh or nothing; backward is
 //           their derivative, computed again from the inputs, and its sum over rows for each bias.
 // Launch    a block has up to 128 threads, each of which owns N columns (16 bytes; 1 where F or a pointer does not allow packs), and goes
-//           through a part of the rows. A thread adds up its columns' gradients in registers; a second kernel adds the parts of a column in a
-//           fixed order: the same bits each time. Without biases and dropout a matrix is one long row.
+//           through a part of the rows. A thread adds up its columns' gradients in registers; a second kernel adds the parts of a column
+//           in a fixed order: the same bits each time. Without biases and dropout a matrix is one long row.
 // Bound     by memory. Results in 16 bits are computed with fast exponentials and divisions, unless a bias's gradient is fp32.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgs<S> 
   }
   const int row0 = mine.first + warp * 16;
   const int64_t token_stride = static_cast<int64_t>(args.heads) * args.head_dim;
-  const int64_t start = (static_cast<int64_t>(place.row) * args.num_queries + row0) * token_stride + static_cast<int64_t>(place.head) * args.head_dim;
+  const int64_t start =
+      (static_cast<int64_t>(place.row) * args.num_queries + row0) * token_stride + static_cast<int64_t>(place.head) * args.head_dim;
   store_rows<D>(
       acc, factor[0], factor[1], q_tile + warp * 16 * kStride<D>, args.out + start, args.out_fp32 == nullptr ? nullptr : args.out_fp32 + start,
       token_stride, args.num_queries - row0, args.head_dim, args.head_dim % 8 == 0);
@@ -218,7 +219,8 @@ __global__ void __launch_bounds__(kThreads) backward_q_kernel(const BackwardArgs
 
   const int row0 = mine.first + warp * 16;
   const int64_t token_stride = static_cast<int64_t>(args.heads) * args.head_dim;
-  const int64_t start = (static_cast<int64_t>(place.row) * args.num_queries + row0) * token_stride + static_cast<int64_t>(place.head) * args.head_dim;
+  const int64_t start =
+      (static_cast<int64_t>(place.row) * args.num_queries + row0) * token_stride + static_cast<int64_t>(place.head) * args.head_dim;
   store_rows<D>(
       acc, args.scale, args.scale, q_tile + warp * 16 * kStride<D>, args.dq + start, args.dq_fp32 == nullptr ? nullptr : args.dq_fp32 + start,
       token_stride, args.num_queries - row0, args.head_dim, args.head_dim % 8 == 0);

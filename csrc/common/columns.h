@@ -12,7 +12,7 @@ namespace dist_llm {
 constexpr int64_t kColumnPad = 32;
 inline int64_t padded(int64_t dim) { return (dim + kColumnPad - 1) / kColumnPad * kColumnPad; }
 
-// Whether numbers of S that are read twice in a row are still in the first-level cache the second time; half of a usual one.
+// Whether so many numbers of S are still in the first-level cache when they are read again: at most half of one of 48 KiB.
 template <class S>
 bool stays_in_cache(int64_t count) {
   return count * static_cast<int64_t>(sizeof(S)) <= 24 * 1024;

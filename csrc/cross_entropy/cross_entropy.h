@@ -9,18 +9,19 @@
 //   cross_entropy_backward(dloss, logits, targets, row_max, row_sum, ignore, z_loss, vocab_start) -> dlogits
 //   cross_entropy_grad_(logits!, targets, ignore, z_loss) -> loss         writes the gradient for dloss = 1 over the logits
 //   cross_entropy_partials(logits, targets, ignore, vocab_start) -> (row_max, row_sum, target_logit)
+//   cross_entropy_add_(total!, part) -> ()                                total += part, any shape; CPU only, for linear_cross_entropy
 //
 // row_max is the largest logit of a row and row_sum the sum of exp(logits - row_max): together they are lse without the digits that
 // adding them would cost. For a vocabulary divided over ranks, where logits are the columns from vocab_start on, partials are
 // combined by the caller, and backward takes the combined row_max and row_sum.
 //
 // Shapes   logits, dlogits: (N, V), V >= 1; targets: (N); row_max, row_sum, target_logit: (N); loss, dloss: ().
-// Dtypes   logits fp32 or bf16, dlogits as logits; targets int64; everything else fp32. A row is computed in fp32 and its sum kept
+// Dtypes   logits fp32 or bf16, dlogits and part as logits; targets int64; everything else fp32. A row is computed in fp32 and its sum kept
 //          in fp64; the loss is added up in fp64.
 // Targets  `ignore`, or in [0, V): another one is an error. With vocab_start, a target outside the columns at hand belongs to another rank:
 //          target_logit is 0 and nothing is subtracted from the gradient.
 // Ignored  rows are not read, have row_max 0, row_sum 1, target_logit 0 and a gradient of zeros.
-// Memory   all arguments contiguous, on one device; every element of every result is written; only logits of cross_entropy_grad_ changes.
+// Memory   all arguments contiguous, on one device; every element of every result is written; only logits of cross_entropy_grad_ and total change.
 // Numbers  the same bits at any number of threads: a row is computed by one thread, the loss is added in the order of the rows.
 #pragma once
 

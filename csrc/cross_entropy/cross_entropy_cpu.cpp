@@ -208,12 +208,27 @@ Tensor cross_entropy_backward_cpu(
   return dlogits;
 }
 
+void cross_entropy_add_cpu(Tensor total, const Tensor& part) {
+  check_same_shape(part, total, "part", "total");
+  STD_TORCH_CHECK(
+      total.scalar_type() == ScalarType::Float, "total must be fp32, not ", torch::headeronly::toString(total.scalar_type()));
+  check_contiguous(total, "total");
+  check_contiguous(part, "part");
+  float* sum = out<float>(total);
+  with_type(part, [&](auto s) {
+    using S = decltype(s);
+    const S* x = in<S>(part);
+    torch::stable::parallel_for(0, total.numel(), kGrain, [&](int64_t begin, int64_t end) { DL_PER_ISA(add_to<S>(sum, x, begin, end)) });
+  });
+}
+
 }  // namespace
 }  // namespace dist_llm
 
 STABLE_TORCH_LIBRARY_IMPL(dist_llm, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&dist_llm::cross_entropy_cpu));
   m.impl("cross_entropy_grad_", TORCH_BOX(&dist_llm::cross_entropy_grad_cpu));
+  m.impl("cross_entropy_add_", TORCH_BOX(&dist_llm::cross_entropy_add_cpu));
   m.impl("cross_entropy_partials", TORCH_BOX(&dist_llm::cross_entropy_partials_cpu));
   m.impl("cross_entropy_backward", TORCH_BOX(&dist_llm::cross_entropy_backward_cpu));
 }

@@ -1,6 +1,7 @@
 // Dropout on CUDA; the contract is in dropout.h, the mask in keep_cuda.cuh.
 //
-// NOT YET RUN ON A GPU: this file compiles for sm_80 and sm_90a (tools/compile_cuda.py); no number in the docs comes from it.
+// NOT YET RUN ON A GPU: this file compiles for sm_80 and sm_90a (tools/compile_cuda.py) and passes its cases in tests/cuda_emulator; no
+// number in the docs comes from it.
 //
 // Formula   y = (residual +) (kept ? x / (1 - p) : 0), kept by Philox 4x32-10 of (feature / 4, column, sample).
 // Launch    a thread a pack of 16 bytes (4 or 8 elements: one or two counters), or a single element where D or a pointer does not allow

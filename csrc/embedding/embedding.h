@@ -48,7 +48,8 @@ inline Shape check_backward(const Tensor& drows, const Tensor& ids, int64_t num_
   bool fits = drows.dim() == ids.dim() + 1 && drows.size(drows.dim() - 1) >= 1;
   for (int64_t i = 0; fits && i < ids.dim(); ++i) fits = drows.size(i) == ids.size(i);
   STD_TORCH_CHECK(
-      fits, "the gradient of the rows ", shape_of(drows), " must have the shape of ids ", shape_of(ids), " and a last dimension of at least 1");
+      fits, "the gradient of the rows ", shape_of(drows), " must have the shape of ids ", shape_of(ids),
+      " and a last dimension of at least 1");
   check_contiguous(drows, "the gradient of the rows");
   STD_TORCH_CHECK(num_rows >= 0 && num_rows < (int64_t{1} << 31), "a table of ", num_rows, " rows; it must have fewer than 2^31");
   STD_TORCH_CHECK(ids.numel() < (int64_t{1} << 31), ids.numel(), " ids; there must be fewer than 2^31");

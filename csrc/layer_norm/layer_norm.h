@@ -10,8 +10,8 @@
 // Dtypes   x fp32 or bf16 (CUDA: fp16 too); residual, dy, dsummed, y, summed, dx as x; weight as x or fp32, bias as weight; dweight and
 //          dbias as weight; mean and rstd fp32. Computed in fp32 and rounded once; summed is rounded before the norm sees it.
 // Memory   all arguments contiguous, on one device; every element of every result is written; no argument is changed.
-// Numbers  var is the mean of (x - mean)^2, from the mean and not from the mean of x^2: exact where the mean is large. The same
-//          bits at any number of threads: the rows that share a partial sum of dweight and dbias depend on the shape alone.
+// Numbers  var comes from deviations from the mean (CUDA) or from a number near it (CPU), not from x^2: exact where the mean is large.
+//          The same bits at any number of threads: the rows that share a partial sum of dweight and dbias depend on the shape alone.
 #pragma once
 
 #include <optional>

@@ -143,7 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
         shape.dim, stays_in_cache<S>(2 * kGroup * shape.dim), is_worth_streaming(out<S>(dx), shape.rows, shape.dim)};
     const int64_t grain = std::max<int64_t>(1, kGrain / (rows_per_part * shape.dim));
     torch::stable::parallel_for(0, parts, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
+      // The last rows first: of x and dy, which were read and written from the first row on, they are the likeliest to be in a cache.
+      for (int64_t part = end; part-- > begin;) {
         float* sum = sums + 2 * part * stride;
         std::fill_n(sum, 2 * stride, 0.f);
         const int64_t first = part * rows_per_part;

@@ -13,10 +13,23 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/softmax_vec.h"
 #include "common/tensors.h"
 #include "moe/moe.h"
+#include "moe/stream.h"
 
-namespace dist_llm::moe {
+namespace dist_llm {
+
+template <class S>
+struct PermuteArgs {
+  const S* x;
+  const int32_t* experts;
+  S* rows;
+  int32_t* source;
+  int64_t top_k;
+  int64_t width;
+  int64_t num_experts;
+};
 
 template <class S>
 struct CombineArgs {
@@ -40,11 +53,6 @@ struct SpreadArgs {
   int64_t width;
 };
 
-}  // namespace dist_llm::moe
-
-namespace dist_llm {
-using moe::CombineArgs;
-using moe::SpreadArgs;
 }  // namespace dist_llm
 
 #define DL_ISA_SOURCE "moe/moe_permute_rows.inc"
@@ -119,25 +127,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_permute_cpu(const Tensor& x, cons
 
   with_type(x, "moe_permute", [&](auto s) {
     using S = decltype(s);
-    const S* tokens = in<S>(x);
-    S* sorted = out<S>(rows);
-    int32_t* source_of = out<int32_t>(source);
-    const size_t row_bytes = static_cast<size_t>(shape.width) * sizeof(S);
+    const PermuteArgs<S> args{in<S>(x),    expert_of,    out<S>(rows), out<int32_t>(source),
+                              shape.top_k, shape.width, num_experts};
+    const bool stream = moe::is_streamed(args.rows, shape.slots(), shape.width);
     torch::stable::parallel_for(0, parts, grain_of(tokens_per_part * shape.top_k * shape.width), [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         int32_t* next = bins.data() + part * num_bins;
         const int64_t first = part * tokens_per_part, last = std::min(first + tokens_per_part, shape.tokens);
-        for (int64_t token = first; token < last; ++token) {
-          for (int64_t slot = token * shape.top_k; slot < (token + 1) * shape.top_k; ++slot) {
-            const int32_t expert = expert_of[slot];
-            const int64_t row = next[expert < 0 ? num_experts : expert]++;
-            source_of[row] = expert < 0 ? -1 : static_cast<int32_t>(slot);
-            if (expert < 0) {
-              std::memset(sorted + row * shape.width, 0, row_bytes);
-            } else {
-              std::memcpy(sorted + row * shape.width, tokens + token * shape.width, row_bytes);
-            }
-          }
+        if (stream) {
+          DL_PER_ISA(permute<true>(args, next, first, last))
+        } else {
+          DL_PER_ISA(permute<false>(args, next, first, last))
         }
       }
     });
@@ -168,10 +168,15 @@ Tensor moe_unpermute_cpu(const Tensor& rows, const Tensor& source, const std::op
     using S = decltype(s);
     const CombineArgs<S> args{
         in<S>(rows), row_of_slot.data(), weights.has_value() ? in<float>(*weights) : nullptr, out<S>(result), shape.top_k, shape.width};
+    const bool stream = moe::is_streamed(args.out, shape.tokens, shape.width);
     torch::stable::parallel_for(0, shape.tokens, grain_of(shape.top_k * shape.width), [&](int64_t begin, int64_t end) {
-      std::vector<const S*> row(static_cast<size_t>(2 * shape.top_k));
+      std::vector<const S*> row(static_cast<size_t>(shape.top_k));
       std::vector<float> weight(row.size());
-      DL_PER_ISA(combine<S>(args, row.data(), weight.data(), begin, end))
+      if (stream) {
+        DL_PER_ISA(combine<true>(args, row.data(), weight.data(), begin, end))
+      } else {
+        DL_PER_ISA(combine<false>(args, row.data(), weight.data(), begin, end))
+      }
     });
   });
   return result;
@@ -188,24 +193,20 @@ std::tuple<Tensor, Tensor> moe_unpermute_backward_cpu(
   const int32_t* source_of = in<int32_t>(source);
   with_type(dout, "moe_unpermute", [&](auto s) {
     using S = decltype(s);
-    const S* arriving = in<S>(dout);
-    S* result = out<S>(drows);
-    const size_t row_bytes = static_cast<size_t>(shape.width) * sizeof(S);
-    torch::stable::parallel_for(0, shape.slots(), grain_of(shape.width), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        if (source_of[row] < 0) {
-          std::memset(result + row * shape.width, 0, row_bytes);
-        } else if (!weights.has_value()) {
-          std::memcpy(result + row * shape.width, arriving + source_of[row] / shape.top_k * shape.width, row_bytes);
-        }
+    const SpreadArgs<S> args{
+        in<S>(dout), rows.has_value() ? in<S>(*rows) : nullptr, row_of_slot.data(), weights.has_value() ? in<float>(*weights) : nullptr,
+        out<S>(drows), weights.has_value() ? out<float>(dweights) : nullptr, shape.top_k, shape.width};
+    const bool stream = moe::is_streamed(args.drows, shape.slots(), shape.width);
+    torch::stable::parallel_for(0, shape.tokens, grain_of(shape.top_k * shape.width), [&](int64_t begin, int64_t end) {
+      if (stream) {
+        DL_PER_ISA(spread<true>(args, begin, end))
+      } else {
+        DL_PER_ISA(spread<false>(args, begin, end))
       }
     });
-    if (!weights.has_value()) return;
-    const SpreadArgs<S> args{arriving, in<S>(*rows), row_of_slot.data(), in<float>(*weights), result, out<float>(dweights), shape.top_k,
-                             shape.width};
-    torch::stable::parallel_for(0, shape.tokens, grain_of(shape.top_k * shape.width), [&](int64_t begin, int64_t end) {
-      DL_PER_ISA(spread<S>(args, begin, end))
-    });
+    for (int64_t row = 0; row < shape.slots(); ++row) {
+      if (source_of[row] < 0) std::memset(args.drows + row * shape.width, 0, static_cast<size_t>(shape.width) * sizeof(S));
+    }
   });
   return {drows, dweights};
 }

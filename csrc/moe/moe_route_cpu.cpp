@@ -12,6 +12,7 @@
 #include "common/tensors.h"
 #include "moe/find_vec.h"
 #include "moe/moe.h"
+#include "moe/stream.h"
 
 namespace dist_llm {
 
@@ -24,6 +25,7 @@ struct RouteArgs {
   float* probabilities;
   int64_t experts;
   int64_t padded;  // experts, rounded up to a multiple of every vector's width
+  bool stream;     // probabilities go past the caches
   moe::Options options;
 };
 
@@ -87,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_route_cpu(
     using S = decltype(s);
     const RouteArgs<S> args{
         in<S>(logits), bias.has_value() ? in<float>(*bias) : nullptr, out<float>(weights), out<int32_t>(experts),
-        out<float>(probabilities), shape.experts, padded, options};
+        out<float>(probabilities), shape.experts, padded,
+        moe::is_streamed(out<float>(probabilities), shape.tokens, shape.experts), options};
     const int64_t grain = std::max<int64_t>(1, kGrain / (tokens_per_part * shape.experts));
     torch::stable::parallel_for(0, parts, grain, [&](int64_t begin, int64_t end) {
       std::vector<float> numbers(static_cast<size_t>(3 * padded + groups));

@@ -1,6 +1,7 @@
 // RMSNorm on CUDA, forward and backward; the contract is in rms_norm.h.
 //
-// NOT YET RUN ON A GPU: this file compiles for sm_80 and sm_90a (tools/compile_cuda.py); no number in the docs comes from it.
+// NOT YET RUN ON A GPU: this file compiles for sm_80 and sm_90a (tools/compile_cuda.py) and is right in the emulator of
+// tests/cuda_emulator; no number in the docs comes from it.
 //
 // Formula   y = x r w,  r = (mean(x^2) + eps)^-1/2;   dx = r w dy - r^3 / D x sum(dy w x) (+ dsummed);   dw = sum_rows dy x r.
 // Forward   one block a row, 32 to 1024 threads; a thread handles packs of 16 bytes, or single elements where D or a pointer
@@ -17,6 +18,7 @@
 #include <tuple>
 
 #include "common/cuda_launch.h"
+#include "common/cuda_tensors.h"
 #include "rms_norm/rms_norm.h"
 
 namespace dist_llm {
@@ -135,30 +137,6 @@ __global__ void add_partials_kernel(const float* __restrict__ partials, W* __res
   from_float(total, dweight + column);
 }
 
-// Calls f(S{}, W{}) with the storage types of x and weight.
-template <class F>
-void with_types(const Tensor& x, const Tensor& weight, const F& f) {
-  const ScalarType xt = x.scalar_type(), wt = weight.scalar_type();
-  if (xt == ScalarType::Float && wt == ScalarType::Float) return f(float{}, float{});
-  if (xt == ScalarType::BFloat16 && wt == ScalarType::BFloat16) return f(__nv_bfloat16{}, __nv_bfloat16{});
-  if (xt == ScalarType::BFloat16 && wt == ScalarType::Float) return f(__nv_bfloat16{}, float{});
-  if (xt == ScalarType::Half && wt == ScalarType::Half) return f(__half{}, __half{});
-  if (xt == ScalarType::Half && wt == ScalarType::Float) return f(__half{}, float{});
-  STD_TORCH_CHECK(
-      false, "rms_norm on CUDA takes x in fp32, bf16 or fp16 and weight in the dtype of x or fp32, not x in ",
-      torch::headeronly::toString(xt), " and weight in ", torch::headeronly::toString(wt));
-}
-
-template <class T>
-const T* in(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* out(Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 // Threads for a row of `dim` elements in packs of `pack`: whole warps, at most 1024.
 unsigned threads_for(int64_t dim, int pack) {
   const int64_t packs = (dim + pack - 1) / pack;
@@ -170,7 +148,7 @@ void run_forward(
   if (shape.rows == 0) return;
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x.get_device_index());
-  with_types(x, weight, [&](auto s, auto w) {
+  with_types(x, weight, "rms_norm", [&](auto s, auto w) {
     using S = decltype(s);
     using W = decltype(w);
     constexpr int kPack = 16 / sizeof(S);
@@ -216,7 +194,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cuda(
   const int64_t parts = std::min(shape.rows, kMaxParts);
   Tensor partials = torch::stable::new_empty(x, {parts, shape.dim}, ScalarType::Float);
 
-  with_types(x, weight, [&](auto s, auto w) {
+  with_types(x, weight, "rms_norm", [&](auto s, auto w) {
     using S = decltype(s);
     using W = decltype(w);
     constexpr int kPack = 16 / sizeof(S);

@@ -1,6 +1,7 @@
 // Rotary position embedding on CUDA; the contract is in rotary.h.
 //
-// NOT YET RUN ON A GPU: this file compiles for sm_80 and sm_90a (tools/compile_cuda.py); no number in the docs comes from it.
+// NOT YET RUN ON A GPU: this file compiles for sm_80 and sm_90a (tools/compile_cuda.py) and passes its cases in tests/cuda_emulator; no
+// number in the docs comes from it.
 //
 // Formula   y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin, x1 and x2 the halves of a head.
 // Launch    a thread N pairs (i, i + H/2): 16 bytes of either half, or single elements where H, a stride or a pointer does not allow

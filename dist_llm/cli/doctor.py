@@ -135,7 +135,7 @@ def vendors() -> Iterator[Finding]:
         if version is None:
             yield Finding("vendors", distribution, "off", None, f"{purpose}: not installed, which is fine; nothing needs it")
         else:
-            yield Finding("vendors", distribution, "off", version, f"{purpose}: installed; no op has a back end that uses it")
+            yield Finding("vendors", distribution, "off", version, f"{purpose}: installed; the ops above say where it is taken")
 
 
 def devices() -> Iterator[Finding]:

@@ -240,13 +240,14 @@ class KernelsConfig(Section):
     adamw: Literal["auto", "native", "torch", "reference"] = Field(
         "auto", description="AdamW of the plain engine, with clipping and the sum of squares it needs."
     )
-    attention: Literal["auto", "native", "sdpa", "reference"] = Field("auto", description="Attention.")
+    attention: Literal["auto", "flash_attn", "native", "sdpa", "reference"] = Field("auto", description="Attention.")
     cross_entropy: Literal["auto", "native", "reference"] = Field("auto", description="Softmax cross-entropy.")
     dropout: Literal["auto", "native", "reference"] = Field("auto", description="Dropout.")
-    layer_norm: Literal["auto", "native", "reference"] = Field("auto", description="LayerNorm.")
+    embedding: Literal["auto", "native", "reference"] = Field("auto", description="Rows of the embedding tables.")
+    layer_norm: Literal["auto", "native", "apex", "reference"] = Field("auto", description="LayerNorm.")
     linear: Literal["auto", "onednn", "reference"] = Field("auto", description="Linear layers.")
     moe: Literal["auto", "native", "reference"] = Field("auto", description="Routing to experts, their order, and their MLPs.")
-    rms_norm: Literal["auto", "native", "reference"] = Field("auto", description="RMSNorm.")
+    rms_norm: Literal["auto", "native", "apex", "reference"] = Field("auto", description="RMSNorm.")
     rotary: Literal["auto", "native", "reference"] = Field("auto", description="Rotary positions.")
 
 

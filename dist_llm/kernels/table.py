@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 import torch
 
-from dist_llm.kernels import activation, adamw, attention, cross_entropy, dropout, layer_norm, linear, moe, rms_norm, rotary
+from dist_llm.kernels import activation, adamw, attention, cross_entropy, dropout, embedding, layer_norm, linear, moe, rms_norm, rotary
 from dist_llm.kernels.impl import Impl, select
 from dist_llm.utils.errors import ConfigError
 
@@ -22,6 +22,8 @@ TABLES: dict[str, tuple[Impl, ...]] = {
     "cross_entropy_partials": cross_entropy.PARTIALS_IMPLS,
     "dropout": dropout.IMPLS,
     "dropout_add": dropout.ADD_IMPLS,
+    "embedding": embedding.IMPLS,
+    "embedding_backward_into": embedding.BACKWARD_INTO_IMPLS,
     "expert_mlp": moe.MLP_IMPLS,
     "gelu": activation.GELU_IMPLS,
     "layer_norm": layer_norm.IMPLS,

@@ -79,8 +79,10 @@ class Decoder(nn.Module):
         self.is_first = self.layers.start == 0
         self.is_last = self.layers.stop == config.num_layers
         if self.is_first:
-            self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, region=region)
-            self.positions = Embedding(config.max_seq_len, config.d_model, region=region) if config.position == "learned" else None
+            self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, fn=ops.embedding, region=region)
+            self.positions = None
+            if config.position == "learned":
+                self.positions = Embedding(config.max_seq_len, config.d_model, fn=ops.embedding, region=region)
             self.embedding_dropout = build_dropout(config, ops, seed, "embedding")
         # Under their numbers in the whole model, so that names are the same in every layout.
         self.blocks = nn.ModuleDict(

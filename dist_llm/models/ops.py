@@ -10,6 +10,7 @@ from dist_llm.kernels.activation.reference import gelu_reference, swiglu_referen
 from dist_llm.kernels.attention.reference import attention_reference
 from dist_llm.kernels.cross_entropy.reference import CrossEntropyFn, cross_entropy_reference
 from dist_llm.kernels.dropout.reference import dropout_add_reference, dropout_reference
+from dist_llm.kernels.embedding.reference import embedding_reference
 from dist_llm.kernels.impl import Impl
 from dist_llm.kernels.layer_norm.reference import layer_norm_reference, layer_norm_residual_reference
 from dist_llm.kernels.linear.reference import linear_reference
@@ -17,6 +18,7 @@ from dist_llm.kernels.rms_norm.reference import rms_norm_reference, rms_norm_res
 from dist_llm.kernels.rotary.reference import rotary_reference
 from dist_llm.layers.attention import AttentionFn
 from dist_llm.layers.dropout import DropoutAddFn, DropoutFn
+from dist_llm.layers.embedding import EmbeddingFn
 from dist_llm.layers.linear import ActivationFn, LinearFn
 from dist_llm.layers.mlp import SwigluFn
 from dist_llm.layers.norm import LayerNormFn, LayerNormResidualFn, RMSNormFn, RMSNormResidualFn
@@ -33,6 +35,7 @@ class Ops:
     cross_entropy: CrossEntropyFn = cross_entropy_reference
     dropout: DropoutFn = dropout_reference
     dropout_add: DropoutAddFn = dropout_add_reference
+    embedding: EmbeddingFn = embedding_reference
     gelu: ActivationFn = gelu_reference
     layer_norm: LayerNormFn = layer_norm_reference
     layer_norm_residual: LayerNormResidualFn = layer_norm_residual_reference

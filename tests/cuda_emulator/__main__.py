@@ -2,14 +2,16 @@
 
     python -m tests.cuda_emulator [csrc/<op>/<op>_cuda.cu ...] [--case NAME] [--size NAME] [--dtype fp32|bf16|fp16] [--quick] [--seed N]
 
-Every case whose ops are in the given files (default: all .cu files) is held to the error of its reference in fp32, bf16 and fp16, and to
-the same bits when blocks and threads run in another order. New tensors are born full of NaN, arguments have NaN before and behind them.
+Every case whose ops are in the given files (default: all .cu files) is held to the error of its reference in fp32, bf16 and fp16, in bf16 also
+with arguments that are aligned to one element only, and to the same bits when blocks and threads run in another order. New tensors are
+born full of NaN.
 One line a case; exit status 1 when one failed, 2 when no case has its ops in the files.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import os
 import re
@@ -33,16 +35,16 @@ CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Numbers in the arguments of a case beyond which the emulation takes too long to wait for.
 MOST_NUMBERS = 1 << 18
-GUARD = 64
 
 
 def use_library(library: Path, scratch: Path) -> None:
-    """Make ``library`` the extension of this process: the installed one is not loaded."""
+    """Make ``library`` the extension of this process: the installed one is not loaded. Tensors get guards from here on."""
     (scratch / "_C.so").symlink_to(library)
     extension.PACKAGE = scratch
     loaded = extension.load_extension()
     if not loaded.loaded:
         raise RuntimeError(str(loaded.why_not))
+    ctypes.CDLL(str(library)).dl_guard_tensors()
 
 
 def with_lines(message: str, library: Path) -> str:
@@ -57,22 +59,20 @@ def with_lines(message: str, library: Path) -> str:
     return re.sub(r"\[\+(0x[0-9a-f]+)\]", line_of, message)
 
 
-def guarded(t: torch.Tensor, offset: int = GUARD) -> torch.Tensor:
-    """A copy with the same strides (where they are dense) that has NaN, or a large whole number, before and behind it."""
-    if t.layout != torch.strided or t.numel() == 0:
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, where they are dense, that is aligned to one element only, with NaN (the largest whole number) around it."""
+    if t.numel() == 0:
         return t
-    size = t.numel()
-    dense = torch.empty_like(t).stride()
     fill = float("nan") if t.is_floating_point() else True if t.dtype == torch.bool else torch.iinfo(t.dtype).max
-    whole = torch.full((size + 2 * GUARD,), fill, dtype=t.dtype)
-    return whole.as_strided(t.shape, dense, offset).copy_(t)
+    whole = torch.full((t.numel() + 2,), fill, dtype=t.dtype)
+    return whole.as_strided(t.shape, torch.empty_like(t).stride(), 1).copy_(t)
 
 
-def guarding(fn: Callable[..., Any], offset: int = GUARD) -> Callable[..., Any]:
-    """``fn`` with guarded arguments, ``offset`` numbers behind an address that is a multiple of 64 bytes."""
+def shifting(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` with such arguments."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        sample = Sample(args, kwargs).map(lambda t: guarded(t, offset))
+        sample = Sample(args, kwargs).map(shifted)
         return fn(*sample.args, **sample.kwargs)
 
     return call
@@ -101,36 +101,37 @@ def numbers_of(sample: Sample) -> int:
     return total
 
 
-def check(case: Case, size: str, dtype: torch.dtype) -> str | None:
-    """Hold one case to its reference; gives why it was left out, or None."""
+def check(case: Case, size: str, dtype: torch.dtype, *, once: bool) -> str | None:
+    """Hold one case to its reference; gives why it was left out, or None. Once: it does not run again in another order."""
     sample = case.make(case.sizes[size], dtype)
     if numbers_of(sample) > MOST_NUMBERS:
         return f"{numbers_of(sample)} numbers"
     fn = next(impl.fn for impl in case.impls if impl.name == "native")
-    with poisoned_memory():
-        ours, again = results(fn if sample.changed else guarding(fn), sample), results(fn, sample)
+    expected, exact = results(case.reference, sample), results(case.reference, sample.double())
     what = f"{case.name} emulated {size} {dtype}"
-    assert_close_to_float64(ours, results(case.reference, sample), results(case.reference, sample.double()), sample, what)
-    if dtype == torch.bfloat16 and not sample.changed:
-        shifted = results(guarding(fn, GUARD + 1), sample)
-        assert_close_to_float64(
-            shifted, results(case.reference, sample), results(case.reference, sample.double()), sample, f"{what}, unaligned"
-        )
-    for index, (one, two) in enumerate(zip(ours, again, strict=True)):
-        assert torch.equal(one, two), f"result {index} of {what} has other bits when threads and blocks run in another order"
+    with poisoned_memory():
+        ours = results(fn, sample)
+        assert_close_to_float64(ours, expected, exact, sample, what)
+        if dtype == torch.bfloat16 and not sample.changed:
+            assert_close_to_float64(results(shifting(fn), sample), expected, exact, sample, f"{what}, unaligned")
+        for index, (one, two) in enumerate(zip(ours, ours if once else results(fn, sample), strict=True)):
+            assert torch.equal(one, two), f"result {index} of {what} has other bits when threads and blocks run in another order"
     return None
 
 
 def run_case(case: Case, sizes: list[str], dtypes: list[torch.dtype], library: Path, *, quick: bool) -> bool:
-    """All sizes and dtypes of a case (quick: the dtypes in turn, one a size); prints one line, and what failed."""
+    """All sizes and dtypes of a case (quick: the dtypes in turn, one a size, in one order); prints one line, and what failed."""
     started, failed, count, left_out = time.perf_counter(), False, 0, []
+    launches = ctypes.CDLL(str(library)).dl_launches
+    launches.restype = ctypes.c_int64
+    before = launches()
     dtypes = [dtype for dtype in dtypes if dtype in (*case.dtypes, *case.gpu_dtypes)]
     for position, size in enumerate(case.sizes):
         if sizes and size not in sizes:
             continue
         for dtype in [dtypes[position % len(dtypes)]] if quick else dtypes:
             try:
-                why = check(case, size, dtype)
+                why = check(case, size, dtype, once=quick)
             except (AssertionError, RuntimeError) as error:
                 failed = True
                 print(f"FAILED {case.name} {size} {dtype}: {with_lines(str(error), library)}" if str(error) else traceback.format_exc())
@@ -140,7 +141,8 @@ def run_case(case: Case, sizes: list[str], dtypes: list[torch.dtype], library: P
                 left_out.append(f"{size} {dtype}: {why}")
     skipped = f", left out {'; '.join(left_out)}" if left_out else ""
     print(
-        f"{'FAILED' if failed else 'ok'} {case.name}: {count} of sizes and dtypes in {time.perf_counter() - started:.1f} s{skipped}",
+        f"{'FAILED' if failed else 'ok'} {case.name}: {count} of sizes and dtypes, {launches() - before} launches,"
+        f" in {time.perf_counter() - started:.1f} s{skipped}",
         flush=True,
     )
     return not failed
@@ -154,7 +156,7 @@ def main() -> int:
     parser.add_argument("--size", action="append", default=[], help="only sizes of this name")
     parser.add_argument("--dtype", action="append", default=[], choices=DTYPES, help="only these dtypes")
     parser.add_argument("--module", help="only the cases of this file of tests/kernels/cases/")
-    parser.add_argument("--quick", action="store_true", help="each size in one dtype, the dtypes in turn")
+    parser.add_argument("--quick", action="store_true", help="each size in one dtype, the dtypes in turn, and in one order of threads")
     parser.add_argument("--seed", type=int, default=1, help="of the order in which blocks and threads run")
     parser.add_argument("--library", type=Path, help="take this library instead of building one")
     arguments = parser.parse_args()

@@ -26,12 +26,13 @@ __all__ = ["EmulatorError", "build", "translate", "why_not"]
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
-RUNTIME = ("runtime.cpp", "fiber.cpp", "shared_memory.cpp", "sanitizer.cpp")
+RUNTIME = ("runtime.cpp", "fiber.cpp", "shared_memory.cpp", "global_memory.cpp", "sanitizer.cpp")
 TARGET_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-FLAGS = ["-O1", "-g1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", TARGET_TORCH]
+FLAGS = ["-O1", "-g1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 # Loads and stores call sanitizer.cpp; a variable without a value gets bits that spoil what is computed from it; fused
 # multiply-adds as nvcc makes them need instructions that not every processor has, so there are none.
 KERNEL_FLAGS = [
+    TARGET_TORCH,
     *("-x", "c++", "-DDL_EMULATE_CUDA", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern"),
     *("-fsanitize=thread", "-fsanitize=alignment,bounds", "-Wno-tsan", "-Wno-unused-function", "-Wno-attributes"),
 ]
@@ -148,14 +149,18 @@ def build(sources: Iterable[Path] = (), *, changes: Mapping[str, tuple[str, str]
         obj = base / "obj" / _digest([everything, *used, f"{relative}\0{texts[relative]}"]) / f"{relative.stem}.o"
         work.append((tree / relative, obj, [*KERNEL_FLAGS, f"-I{HERE / 'include'}", f"-I{tree}", "-isystem", str(torch / "include")]))
     for name in RUNTIME:
-        work.append((HERE / name, base / "obj" / everything / f"{Path(name).stem}.o", [f"-I{HERE / 'include'}"]))
+        work.append(
+            (HERE / name, base / "obj" / everything / f"{Path(name).stem}.o", [f"-I{HERE / 'include'}", "-isystem", str(torch / "include")])
+        )
     # The package asks a library which instructions its CPU kernels use before it calls any op.
     isa = CSRC / "common/isa.cpp"
     isa_digest = _digest([everything, isa.read_text(encoding="utf-8"), texts[Path("common/isa.h")]])
-    work.append((isa, base / "obj" / isa_digest / "isa.o", [f"-I{CSRC}", "-isystem", str(torch / "include")]))
+    work.append((isa, base / "obj" / isa_digest / "isa.o", [TARGET_TORCH, f"-I{CSRC}", "-isystem", str(torch / "include")]))
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         objects = list(pool.map(lambda w: _compile(*w), work))
 
+    # The runtime first: of inline functions that both have, the linker then keeps those that are not instrumented.
+    objects = objects[len(chosen) :] + objects[: len(chosen)]
     library = base / "lib" / f"{_digest(map(str, objects))}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,9 @@ enum Fault {
   result_not_written,
   empty_grid,
   copy_left_over,
+  past_result,
+  before_argument,
+  no_barrier_in_global_memory,
 };
 
 // Reverses 96 numbers, by one detour a fault.
@@ -97,6 +100,16 @@ __global__ void reverse_kernel(const float* in_, float* out_, int fault) {
       if (fault == copy_not_waited_for) __syncthreads();
       value = packs[i];
       break;
+    case past_result:
+      if (i == kThreads - 1) out_[kThreads] = value;
+      break;
+    case before_argument:
+      value = in_[i - 1];
+      break;
+    case no_barrier_in_global_memory:
+      out_[i] = value;
+      value = out_[kThreads - 1 - i];
+      break;
     default:
       break;
   }
@@ -114,7 +127,9 @@ Tensor reverse(const Tensor& x, int64_t fault) {
     return result;
   }
   const int bytes = fault == too_much_shared ? 64 * 1024 : fault == past_dynamic_shared ? kThreads * 4 : 0;
-  DL_LAUNCH(reverse_kernel, fault == empty_grid ? 0 : 1, kThreads, bytes, current_stream(0), in<float>(x), out<float>(result), static_cast<int>(fault));
+  DL_LAUNCH(
+      reverse_kernel, fault == empty_grid ? 0 : 1, kThreads, bytes, current_stream(0), in<float>(x), out<float>(result),
+      static_cast<int>(fault));
   return result;
 }
 

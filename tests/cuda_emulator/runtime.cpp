@@ -15,6 +15,8 @@
 #include <vector>
 
 #include "fiber.h"
+#include "global_memory.h"
+#include "shadow.h"
 #include "shared_memory.h"
 
 uint3 threadIdx, blockIdx;
@@ -80,8 +82,15 @@ std::string text(uint3 i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
+}  // namespace
+
+Clock now;
+
+namespace {
+
 // One launch at a time: everything below belongs to the one under way.
 std::mutex launch_mutex;
+int64_t num_launches = 0;
 bool in_thread = false;  // on a fiber's stack, not on the scheduler's
 Fiber scheduler;
 std::vector<std::unique_ptr<Thread>> pool;
@@ -144,7 +153,8 @@ std::string describe_deadlock() {
   for (size_t i = 0; i < num_threads; ++i) {
     const Thread& t = *pool[i];
     if (t.state != State::at_warp_function) continue;
-    const std::string waits = "thread " + text(t.index) + " waits in " + t.function + " at " + text(t.place) + ", mask " + std::to_string(t.mask);
+    const std::string waits =
+        "thread " + text(t.index) + " waits in " + t.function + " at " + text(t.place) + ", mask " + std::to_string(t.mask);
     for (unsigned lane = 0; lane < 32; ++lane) {
       const size_t other = i / 32 * 32 + lane;
       if (!(t.mask >> lane & 1) || other == i) continue;
@@ -172,7 +182,7 @@ void release_barrier() {
     barrier_result += t.predicate != 0;
   }
   num_waiting = 0;
-  shared_memory::next_epoch();
+  ++now.epoch;
   for (size_t i = 0; i < num_threads; ++i) {
     if (i != current) make_ready(static_cast<unsigned>(i));
   }
@@ -235,6 +245,7 @@ void fail(const std::string& what, Place place) {
 void run(
     const char* kernel, Place place, dim3 grid, dim3 block, size_t shared_bytes, const void* function, void (*body)(void*), void* argument) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
+  ++num_launches;
   kernel_name = kernel;
   kernel_place = place;
   check_launch(grid, block, shared_bytes, function);
@@ -251,12 +262,17 @@ void run(
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
   randomness.shuffle(blocks);
+  now.first_of_launch = now.epoch + 1;
   for (const uint64_t i : blocks) {
     blockIdx = {
         static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y), static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
+    now.first_of_block = ++now.epoch;
+    std::fill(std::begin(now.warps), std::end(now.warps), 0u);
     shared_memory::begin_block(shared_bytes, kSharedAtMost);
     run_block();
   }
+  const std::string broken = global_memory::broken_guard();
+  if (!broken.empty()) throw std::runtime_error(in_kernel(broken, {nullptr, 0}));
 }
 
 void* dynamic_shared() { return shared_memory::dynamic(); }
@@ -305,7 +321,11 @@ void meet_warp(const char* function, unsigned mask, void* data, Combine combine,
 
 void sync_warp(unsigned mask, Place place) {
   meet_warp(
-      "__syncwarp", mask, nullptr, [](void* const*, unsigned met) { shared_memory::next_warp_epoch(current / 32, met); }, place);
+      "__syncwarp", mask, nullptr,
+      [](void* const*, unsigned met) {
+        if (met == 0xffffffffu) ++now.warps[current / 32];
+      },
+      place);
 }
 
 unsigned lane_of_thread() { return current % 32; }
@@ -315,9 +335,14 @@ unsigned threads_of_warp() { return static_cast<unsigned>(std::min<size_t>(32, n
 bool is_shared(const void* p) { return shared_memory::contains(p); }
 
 void note_access(const void* p, size_t bytes, bool is_write, int lane, const void* instruction) {
-  if (!in_thread || !shared_memory::contains(p)) return;
+  // Functions of the standard library, which this code shares with the kernels', can be instrumented too.
+  static bool is_noting = false;
+  if (!in_thread || is_noting) return;
+  is_noting = true;
   const unsigned thread = lane < 0 ? current : current / 32 * 32 + static_cast<unsigned>(lane);
-  const std::string wrong = shared_memory::note(p, bytes, is_write, thread);
+  const auto note = shared_memory::contains(p) ? shared_memory::note : global_memory::note;
+  const std::string wrong = note(p, bytes, is_write, thread);
+  is_noting = false;
   if (!wrong.empty()) fail(wrong + offset_text(instruction), {nullptr, 0});
 }
 
@@ -338,6 +363,7 @@ void wait_for_copies(unsigned groups_left) {
       t.copies[kept++] = copy;
       continue;
     }
+    if (copy.bytes > 0) note_access(copy.from, copy.bytes, false);
     note_access(copy.to, copy.total, true);
     std::memcpy(copy.to, copy.from, copy.bytes);
     std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.total - copy.bytes);
@@ -355,3 +381,5 @@ void allow_shared(const void* function, int bytes) {
 std::string thread_text(unsigned thread) { return text(pool[thread]->index); }
 
 }  // namespace cuda_emulator
+
+extern "C" __attribute__((visibility("default"))) int64_t dl_launches() { return cuda_emulator::num_launches; }

@@ -66,15 +66,15 @@ def test_native_differs_from_torchs_fused_kernel_by_roundings_only() -> None:
 
 
 @needs_native
-def test_native_has_torchs_first_moment_bit_for_bit_and_its_second_to_one_rounding() -> None:
-    # 64 numbers are whole vectors in every instruction set; the few that are left over torch computes singly, with other roundings.
-    grads, moments = [torch.linspace(-1, 1, 64)], {}
+def test_native_moments_are_torchs_but_for_roundings_after_several_steps() -> None:
+    grads, moments = [torch.linspace(-1, 1, 67)], {}
     for name, fn in (("native", adamw_step_native), ("torch", adamw_step_torch)):
-        moments[name] = [torch.zeros(64)], [torch.zeros(64)]
+        moments[name] = [torch.zeros(67)], [torch.zeros(67)]
         for step in (1, 2, 3):
-            fn([torch.ones(64)], grads, *moments[name], step=step, **NUMBERS)
-    assert torch.equal(moments["native"][0][0], moments["torch"][0][0])
-    torch.testing.assert_close(moments["native"][1][0], moments["torch"][1][0], rtol=1.2e-7, atol=0)
+            fn([torch.ones(67)], grads, *moments[name], step=step, **NUMBERS)
+    # Bit for bit where the processor multiplies and adds at once, as torch's vectors do; the generic code rounds products as well.
+    for ours, theirs in zip(moments["native"], moments["torch"], strict=True):
+        torch.testing.assert_close(ours[0], theirs[0], rtol=4e-7, atol=0)
 
 
 @pytest.mark.parametrize("impl", RUNNABLE, ids=lambda impl: impl.name)

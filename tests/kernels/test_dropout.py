@@ -259,9 +259,8 @@ def test_native_compiles_once_more_for_another_seed_or_site() -> None:
     ],
 )
 def test_the_op_refuses_what_it_cannot_do(change: dict[str, Any], message: str) -> None:
-    arguments = {
-        "x": torch.ones(2, 3, 4), "p": 0.5, "key0": 1, "key1": 2, "samples": torch.arange(2), "columns": torch.arange(3), "feature_start": 0,
-    }  # fmt: skip
+    place = {"samples": torch.arange(2), "columns": torch.arange(3), "feature_start": 0}
+    arguments = {"x": torch.ones(2, 3, 4), "p": 0.5, "key0": 1, "key1": 2, **place}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dist_llm.dropout(**{**arguments, **change})
 

@@ -97,6 +97,25 @@ def test_native_permute_and_unpermute_take_the_expanded_gradient_of_a_sum() -> N
     torch.testing.assert_close(leaf.grad, weights.flatten()[source.long()].unsqueeze(-1).expand(12, 5))
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_too_large_for_the_caches_are_the_same(dtype: torch.dtype) -> None:
+    # Large enough to be written past the caches, with rows that are whole cache lines but not whole steps of the loops.
+    tokens, width, top_k = 4000, 544, 2
+    experts = torch.randint(-1, 5, (tokens, top_k), generator=torch.Generator().manual_seed(4)).to(torch.int32)
+    x, weights, arriving = randn(tokens, width).to(dtype), randn(tokens, top_k, seed=1), randn(tokens, width, seed=2).to(dtype)
+    answers = []
+    for permute, unpermute in ((moe_permute_native, moe_unpermute_native), (moe_permute_reference, moe_unpermute_reference)):
+        leaves = [t.clone().requires_grad_() for t in (x, weights)]
+        rows, source, _, _ = permute(leaves[0], experts, 5)
+        out = unpermute(rows, source, leaves[1], top_k=top_k)
+        unweighted = unpermute(rows, source, None, top_k=top_k)
+        answers.append([rows, source, out, *torch.autograd.grad([out, unweighted], leaves, [arriving, arriving])])
+    assert torch.equal(answers[0][0], answers[1][0]) and torch.equal(answers[0][1], answers[1][1])
+    for ours, theirs in zip(answers[0][2:], answers[1][2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+
+
 @each_permute
 @pytest.mark.parametrize(
     ("experts", "message"),

@@ -24,46 +24,54 @@ def index_add(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> to
     return weight.index_select(0, ids).to(dtype)
 
 
+def dense_into(grad_out: torch.Tensor, ids: torch.Tensor, weight_grad: torch.Tensor) -> None:
+    """What autograd does where a gradient is there: a whole gradient, added to it."""
+    weight_grad += torch.ops.aten.embedding_dense_backward(grad_out.to(weight_grad.dtype), ids, weight_grad.shape[0], -1, False)
+
+
 def index_add_into(grad_out: torch.Tensor, ids: torch.Tensor, weight_grad: torch.Tensor) -> None:
-    """The same without autograd, into a gradient that is there."""
+    """The same without a whole gradient, which autograd cannot do."""
     weight_grad.index_add_(0, ids, grad_out.to(weight_grad.dtype))
 
 
 def races(device: torch.device) -> list[Race]:
-    """Forward and backward, bf16 rows of a bf16 table and of an fp32 one; then backward alone into a gradient that is there."""
-    made = []
+    """Backward into a gradient that is there, against autograd's way and against ``index_add_``; then forward and a whole gradient."""
     tokens = TOKENS if device.type == "cpu" else 4 * TOKENS
     ids = torch.randint(0, ROWS, (tokens,), device=device)
-    for table_dtype in (torch.bfloat16, torch.float32):
-        weight = torch.randn(ROWS, DIM, device=device).to(table_dtype)
-        name = str(table_dtype).removeprefix("torch.")
-        made.append(
+    grad_out = torch.randn(tokens, DIM, device=device).bfloat16()
+    used = int(ids.bincount().count_nonzero())
+    into = select(BACKWARD_INTO_IMPLS, "auto", device, torch.bfloat16).fn
+    made, whole = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(ROWS, DIM, device=device).to(dtype)
+        table = f"{ROWS} x {DIM} {str(dtype).removeprefix('torch.')}"
+        for peer, goal in ((dense_into, 10.0), (index_add_into, None)):
+            made.append(
+                Race(
+                    title=f"embedding backward of {tokens} tokens into {table}, against {peer.__name__}",
+                    args=(grad_out, ids, torch.zeros_like(weight)),
+                    wanted=(),
+                    changed=(2,),
+                    reference=BACKWARD_INTO_IMPLS[-1].fn,
+                    ours=into,
+                    eager=peer,
+                    # The rows that are used are read and written.
+                    moved_bytes=grad_out.nbytes + 2 * used * DIM * weight.element_size(),
+                    goal=goal,
+                )
+            )
+        whole.append(
             Race(
-                title=f"embedding {tokens} of {ROWS} x {DIM} {name}, dense gradient",
+                title=f"embedding of {tokens} tokens, {table}, forward and a whole gradient",
                 args=(ids, weight, torch.bfloat16),
                 wanted=(1,),
                 reference=IMPLS[-1].fn,
                 ours=select(IMPLS, "auto", device, torch.bfloat16).fn,
                 eager=eager,
                 peers={"index_add": index_add},
-                # Forward reads rows and writes them in bf16; backward reads these gradients and writes the whole gradient.
-                moved_bytes=tokens * DIM * (weight.element_size() + 2 * 2) + weight.nbytes,
-                goal=None,
-                notes="the zeros of the gradient are most of the work",
+                # Forward reads rows and writes them in bf16; backward reads their gradients and writes the whole gradient.
+                moved_bytes=used * DIM * weight.element_size() + 2 * grad_out.nbytes + weight.nbytes,
+                notes="the zeros of the whole gradient are most of the work",
             )
         )
-    grad_out = torch.randn(tokens, DIM, device=device).bfloat16()
-    made.append(
-        Race(
-            title=f"embedding backward of {tokens} into {ROWS} x {DIM} float32",
-            args=(grad_out, ids, torch.zeros(ROWS, DIM, device=device)),
-            wanted=(),
-            changed=(2,),
-            reference=BACKWARD_INTO_IMPLS[-1].fn,
-            ours=select(BACKWARD_INTO_IMPLS, "auto", device, torch.bfloat16).fn,
-            eager=index_add_into,
-            # The rows that are used are read and written.
-            moved_bytes=tokens * DIM * (2 + 4 + 4),
-        )
-    )
-    return made
+    return [*made, *whole]

@@ -17,11 +17,11 @@ Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def eager(rows: torch.Tensor, counts: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """One expert after the other."""
+    """One expert after the other; unbound once, as the gradient of gate[e] would be as large as gate for each e."""
+    groups = torch.split(rows, counts.tolist())
     outputs = []
-    for expert, group in enumerate(rows.split(counts.tolist())):
-        inner = F.silu(F.linear(group, gate[expert])) * F.linear(group, up[expert])
-        outputs.append(F.linear(inner, down[expert]))
+    for group, gate_e, up_e, down_e in zip(groups, gate.unbind(), up.unbind(), down.unbind(), strict=True):
+        outputs.append(F.linear(F.silu(F.linear(group, gate_e)) * F.linear(group, up_e), down_e))
     return torch.cat(outputs)
 
 

@@ -16,10 +16,13 @@ Chain = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def chain(route: Callable[..., torch.Tensor], permute: Callable[..., torch.Tensor], unpermute: Callable[..., torch.Tensor]) -> Chain:
-    """There and back, with nothing done to the rows."""
+    """There and back, with nothing done to the rows.
+
+    The weights are probabilities: with weights that add up to one the result would be x, and the gradient of the logits zero.
+    """
 
     def there_and_back(logits: torch.Tensor, x: torch.Tensor, top_k: int) -> torch.Tensor:
-        weights, experts, _, _ = route(logits, top_k)
+        weights, experts, _, _ = route(logits, top_k, normalize=False)
         rows, source, _, _ = permute(x, experts, logits.shape[1])
         return unpermute(rows, source, weights, top_k=top_k)
 
@@ -29,7 +32,6 @@ def chain(route: Callable[..., torch.Tensor], permute: Callable[..., torch.Tenso
 def _sorted(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights, and the slots in order of their experts; the number of rows of each expert is computed, as its MLP needs it."""
     weights, experts = torch.softmax(logits.float(), -1).topk(top_k)
-    weights = weights / weights.sum(-1, keepdim=True)
     slots = experts.flatten()
     torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device).scatter_add_(0, slots, torch.ones_like(slots))
     return weights, slots.argsort(stable=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from dist_llm.kernels.attention.block import attention_reference_backward, attention_reference_block
+from dist_llm.kernels.attention.flash_attn import attention_flash, attention_flash_lse, why_not_flash
 from dist_llm.kernels.attention.native import (
     attention_native,
     attention_native_backward,
@@ -31,7 +32,17 @@ def why_no_sdpa_block(device: torch.device, dtype: torch.dtype) -> str:
     )
 
 
+def why_no_flash_block(device: torch.device, dtype: torch.dtype) -> str:
+    """Why flash-attn cannot compute a part of the keys: an answer for whoever asks for it by name."""
+    del device, dtype
+    return (
+        "flash-attn has no gradient of a part of the keys from the log-sum-exp of the whole row, which ring attention needs"
+        " (parallel.cp_kind = all_to_all runs on any implementation)"
+    )
+
+
 IMPLS = (  # best first; the last one always runs
+    Impl("attention", "flash_attn", attention_flash, why_not_flash),
     Impl("attention", "native", attention_native, why_not_native),
     Impl("attention", "sdpa", attention_sdpa, always),
     Impl("attention", "reference", attention_reference, always),
@@ -39,6 +50,7 @@ IMPLS = (  # best first; the last one always runs
 
 # With the log-sum-exp, which torch's own attention does not give: for attention over keys that are spread over ranks.
 LSE_IMPLS = (
+    Impl("attention", "flash_attn", attention_flash_lse, why_not_flash),
     Impl("attention", "native", attention_native_lse, why_not_native),
     Impl("attention", "reference", attention_reference_lse, always),
 )
@@ -46,11 +58,13 @@ LSE_IMPLS = (
 # The two halves of ring attention's step, for it alone. Both follow the same config key and run under the same conditions, so the
 # same name is taken for both.
 BLOCK_IMPLS = (
+    Impl("attention", "flash_attn", attention_reference_block, why_no_flash_block),
     Impl("attention", "native", attention_native_block, why_not_native),
     Impl("attention", "sdpa", attention_reference_block, why_no_sdpa_block),
     Impl("attention", "reference", attention_reference_block, always),
 )
 BLOCK_BACKWARD_IMPLS = (
+    Impl("attention", "flash_attn", attention_reference_backward, why_no_flash_block),
     Impl("attention", "native", attention_native_backward, why_not_native),
     Impl("attention", "sdpa", attention_reference_backward, why_no_sdpa_block),
     Impl("attention", "reference", attention_reference_backward, always),

@@ -42,6 +42,7 @@ torch.library.define(
     " -> (Tensor loss, Tensor dhidden, Tensor dweight)",
 )
 torch.library.define("dist_llm::cross_entropy_grad_", "(Tensor(a!) logits, Tensor targets, int ignore, float z_loss) -> Tensor loss")
+torch.library.define("dist_llm::cross_entropy_add_", "(Tensor(a!) total, Tensor part) -> ()")
 
 # Of a product that is added to the gradient of the weight: 1.5 MiB in bf16, about a second-level cache of a CPU core. On a GPU, where a
 # product of that size is over before the next one is launched, 128 MiB.
@@ -97,6 +98,10 @@ def _fake_grad(logits: torch.Tensor, targets: torch.Tensor, ignore: int, z_loss:
     return _scalar(logits)
 
 
+def _fake_add(total: torch.Tensor, part: torch.Tensor) -> None:
+    del total, part
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     logits, targets, ctx.ignore, ctx.z_loss = inputs
     ctx.save_for_backward(logits, targets, output[1], output[2])
@@ -117,6 +122,9 @@ def linear_forward(
     num_rows, (vocab, dim) = hidden.shape[0], weight.shape
     at_once = max(1, num_rows // chunks)
     narrow = weight.to(hidden.dtype)
+    # The gradient of hidden is a sum over the vocabulary: along rows of the transposed weight the product is a sixth faster, for each chunk.
+    across = narrow.t().contiguous() if needs_grad else narrow
+    adds = why_no_kernel("cross_entropy_add_", hidden.device) is None
     block = max(1, (CUDA_BLOCK_ELEMENTS if hidden.is_cuda else BLOCK_ELEMENTS) // dim)
     logits = hidden.new_empty(at_once, vocab)
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -130,11 +138,15 @@ def linear_forward(
             loss += torch.ops.dist_llm.cross_entropy(part, targets[rows], ignore, z_loss)[0]
             continue
         loss += torch.ops.dist_llm.cross_entropy_grad_(part, targets[rows], ignore, z_loss)
-        torch.mm(part, narrow, out=dhidden[rows])
+        torch.mm(part, across.t(), out=dhidden[rows])
         # The product comes out in the dtype of hidden, and is added while its block is still in a cache.
         for first in range(0, vocab, block):
             columns = slice(first, min(first + block, vocab))
-            dweight[columns] += torch.mm(part[:, columns].t(), hidden[rows])
+            product = torch.mm(part[:, columns].t(), hidden[rows])
+            if adds:
+                torch.ops.dist_llm.cross_entropy_add_(dweight[columns], product)
+            else:
+                dweight[columns] += product
     return loss.float(), dhidden, dweight
 
 
@@ -166,6 +178,7 @@ torch.library.register_fake("dist_llm::cross_entropy", _fake)
 torch.library.register_fake("dist_llm::cross_entropy_backward", _fake_backward)
 torch.library.register_fake("dist_llm::cross_entropy_partials", _fake_partials)
 torch.library.register_fake("dist_llm::cross_entropy_grad_", _fake_grad)
+torch.library.register_fake("dist_llm::cross_entropy_add_", _fake_add)
 torch.library.register_autograd("dist_llm::cross_entropy", _backward, setup_context=_save)
 
 

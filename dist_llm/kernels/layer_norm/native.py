@@ -88,13 +88,9 @@ def _backward(ctx: Any, dy: torch.Tensor, dmean: torch.Tensor | None, drstd: tor
     return dx, dweight, dbias if ctx.with_bias else None, None
 
 
-def _backward_residual(
-    ctx: Any, dy: torch.Tensor, dsummed: torch.Tensor, dmean: torch.Tensor | None, drstd: torch.Tensor | None
-) -> Grads:
+def _backward_residual(ctx: Any, dy: torch.Tensor, dsummed: torch.Tensor, dmean: torch.Tensor | None, drstd: torch.Tensor | None) -> Grads:
     del dmean, drstd
-    dx, dweight, dbias = torch.ops.dist_llm.layer_norm_backward(
-        dy.contiguous(), *ctx.saved_tensors, dsummed.contiguous(), ctx.with_bias
-    )
+    dx, dweight, dbias = torch.ops.dist_llm.layer_norm_backward(dy.contiguous(), *ctx.saved_tensors, dsummed.contiguous(), ctx.with_bias)
     # x and residual enter as a sum, so one gradient is both's.
     return dx, dx, dweight, dbias if ctx.with_bias else None, None
 

@@ -94,3 +94,6 @@ void wait_for_copies(unsigned groups_left);
 void allow_shared(const void* function, int bytes);
 
 }  // namespace cuda_emulator
+
+// How many kernels this process has launched.
+extern "C" int64_t dl_launches();

@@ -28,7 +28,7 @@ SIZES: dict[str, Size] = {
         (1, 19, 300, 2, 2, 64),
         {"causal": False, "documents": 90, "window": 40, "alibi": True, "soft_cap": 2.0, "scale": 0.2},
     ),
-    "all heads to one, one-token documents": ((1, 131, 131, 20, 1, 48), {"causal": True, "documents": 1}),
+    "all heads to one, one-token documents": ((1, 131, 131, 20, 1, 24), {"causal": True, "documents": 1}),
     "bidirectional documents": ((2, 150, 150, 2, 1, 24), {"causal": False, "documents": 70}),
     "window of one": ((1, 67, 67, 2, 2, 16), {"causal": True, "window": 1}),
     "negative scale": ((1, 90, 90, 2, 1, 32), {"causal": True, "scale": -0.3}),

@@ -30,7 +30,8 @@ SIZES = {
     "no token": Size((0,), 6, 16),
     "one column": Size((50,), 9, 1),
     "all tokens to one row": Size((2, 150), 40, 48, only=17),
-    "fp32 table of many rows": Size((2, 77), 70_001, 24, other_dtype=torch.float32),
+    "fp32 table of many rows": Size((2, 177), 70_001, 3, other_dtype=torch.float32),
+    "many rows": Size((700,), 5000, 16),
     "bf16 table, wider than a block": Size((90,), 30, 1100, other_dtype=torch.bfloat16),
     "a whole gradient past the caches": Size((4, 100), 3000, 384, other_dtype=torch.float32),
 }

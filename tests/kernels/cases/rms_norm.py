@@ -11,6 +11,12 @@ from dist_llm.kernels.rms_norm import IMPLS, RESIDUAL_IMPLS
 from tests.kernels.case import Case, Sample
 
 EPS = 1e-5
+
+
+class Fp32Weight(tuple[int, ...]):
+    """A shape whose weight is in fp32 whatever x is."""
+
+
 SIZES = {
     "odd": (5, 123, 123),
     "head dim 40": (3, 40),
@@ -18,7 +24,9 @@ SIZES = {
     "one row": (40,),
     "no row": (0, 16),
     "many rows": (300, 257),
-    "wide": (2, 1024),
+    "wide": (6, 1024),
+    "fp32 weight": Fp32Weight((67, 96)),
+    "fp32 weight, wider than the first cache": Fp32Weight((5, 3333)),
 }
 GPU_SIZES = {"rows of a model": (1200, 4096), "more than a block holds": (3, 40000)}
 
@@ -26,7 +34,8 @@ GPU_SIZES = {"rows of a model": (1200, 4096), "more than a block holds": (3, 400
 def tensors(size: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     x, residual = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
-    return x, residual, (1 + 0.3 * torch.randn(size[-1], generator=generator)).to(dtype)
+    weight = 1 + 0.3 * torch.randn(size[-1], generator=generator)
+    return x, residual, weight.to(torch.float32 if isinstance(size, Fp32Weight) else dtype)
 
 
 def gradient_scales(x: torch.Tensor, weight: torch.Tensor, first: int) -> dict[int, float]:
