@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import warnings
 from datetime import timedelta
@@ -95,7 +96,11 @@ def tune_allocator() -> bool:
     glibc maps each large tensor anew and unmaps it when freed, so eager training on CPU faults in every page of every
     activation at every step. With M_MMAP_MAX 0, a large M_TRIM_THRESHOLD and M_TOP_PAD the pages are reused
     (mallopt(3)). Peak memory is the same; it is only returned at exit.
+
+    Tensors of 2 MiB and more are also put on huge pages, where the kernel grants them on request (madvise): a matrix product walks
+    down columns whose rows are pages apart, and the processor remembers few of them. torch reads its switch at its first allocation.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # musl, macOS: no mallopt, nothing to tune

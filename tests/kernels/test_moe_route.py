@@ -69,7 +69,7 @@ def test_a_tie_of_groups_goes_to_the_lower_group(route: Fn) -> None:
 
 @each_route
 def test_only_experts_of_the_groups_whose_two_best_add_up_to_most_are_chosen(route: Fn) -> None:
-    # Sums of the two best: 0.9 + 0.1, 0.6 + 0.6 (a tie inside the group), 0.8 + 0.3. The best expert of all, number 0, is in the group that is left out.
+    # Sums of the two best: 0.9 + 0.1, 0.6 + 0.6 (a tie inside the group), 0.8 + 0.3. The group of the best expert is left out.
     scores = torch.tensor([[0.9, 0.1, 0.1, 0.6, 0.2, 0.6, 0.8, 0.3, 0.2]])
     weights, experts, _, counts = route(scores.logit(), 3, scores="sigmoid", groups=3, groups_kept=2, scale=2.0)
     assert experts.tolist() == [[6, 3, 5]]
