@@ -7,7 +7,7 @@
 //
 // Shapes   q, out, dout, dq: (B, T, N, H); k, v, dk, dv: (B, S, K, H), K divides N, query head n reads key head n / (N / K);
 //          H >= 1; lse, dlse: (B, N, T); doc_ids: (B, S) and query_doc_ids: (B, T), never falling along a row; alibi_slopes: (N).
-// Dtypes   q, k, v, out, dout, dq, dk, dv all fp32 or all bf16; lse, dlse, alibi_slopes fp32; doc_ids and query_doc_ids int32 or int64,
+// Dtypes   q, k, v, out, dout, dq, dk, dv all fp32 or all bf16 (CUDA: or all fp16, and H at most 256); lse, dlse, alibi_slopes fp32; doc_ids and query_doc_ids int32 or int64,
 //          both the same. With fp32_out the results (out, or dq, dk, dv) are fp32 whatever q is: parts that are summed are rounded once.
 // Memory   q, k, v, out, dout: any strides with neighbouring head dims, so that a slice of a cache or of a fused projection is not
 //          copied; lse, dlse, doc_ids, query_doc_ids, alibi_slopes contiguous. Results are contiguous and written whole; no argument is changed.

@@ -16,7 +16,7 @@
 // combined by the caller, and backward takes the combined row_max and row_sum.
 //
 // Shapes   logits, dlogits: (N, V), V >= 1; targets: (N); row_max, row_sum, target_logit: (N); loss, dloss: ().
-// Dtypes   logits fp32 or bf16, dlogits and part as logits; targets int64; everything else fp32. A row is computed in fp32 and its sum kept
+// Dtypes   logits fp32 or bf16 (CUDA: fp16 too), dlogits and part as logits; targets int64; everything else fp32. A row is computed in fp32 and its sum kept
 //          in fp64; the loss is added up in fp64.
 // Targets  `ignore`, or in [0, V): another one is an error. With vocab_start, a target outside the columns at hand belongs to another rank:
 //          target_logit is 0 and nothing is subtracted from the gradient.

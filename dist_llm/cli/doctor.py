@@ -111,6 +111,7 @@ def ops() -> Iterator[Finding]:
     """Each op's implementations for bf16, on the CPU and on the first GPU if there is one."""
     import torch
 
+    from dist_llm.kernels.impl import NEVER_RUN
     from dist_llm.kernels.table import TABLES
 
     devices = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
@@ -122,6 +123,9 @@ def ops() -> Iterator[Finding]:
                 name = f"{function} ({device.type}, bf16)"
                 if reason is not None:
                     yield Finding("ops", name, "off", impl.name, reason)
+                elif impl.name in NEVER_RUN.get(device.type, ()):
+                    text = f"can run, but never has on {device.type}: auto passes over it, kernels.{impl.op}={impl.name} asks for it"
+                    yield Finding("ops", name, "ok", impl.name, text)
                 else:
                     text = f"can run; kernels.{impl.op}={impl.name} asks for it" if chosen else "taken by auto"
                     chosen = chosen or impl.name

@@ -1,7 +1,7 @@
 """One implementation of an op, and the choice among several.
 
 Each op folder has a literal table of implementations, best first, the last of which always runs. Left to ``auto``, the first that
-can run is taken; asked for by name, an implementation runs or the request is refused with the reason. Layers receive the function:
+can run, and has run on that kind of device before, is taken; asked for by name, an implementation runs or the request is refused with the reason. Layers receive the function:
 nothing is replaced at import.
 """
 
@@ -15,9 +15,13 @@ import torch
 
 from dist_llm.utils.errors import ConfigError
 
-__all__ = ["Impl", "WhyNot", "always", "select"]
+__all__ = ["NEVER_RUN", "Impl", "WhyNot", "always", "select"]
 
 WhyNot = Callable[[torch.device, torch.dtype], str | None]
+
+# Kind of device -> implementations that compile, and pass their tests in an emulator or against a stub, but have never run on one. `auto`
+# passes over them there; asked for by name they run. Whoever has run `pytest -m gpu` green takes the names out.
+NEVER_RUN = {"cuda": frozenset({"native", "flash_attn", "apex"})}
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ def select(table: tuple[Impl, ...], requested: str, device: torch.device, dtype:
     reasons = {impl.name: impl.why_not(device, dtype) for impl in table}
     runnable = [impl for impl in table if reasons[impl.name] is None]
     if requested == "auto":
-        if not runnable:
+        proven = [impl for impl in runnable if impl.name not in NEVER_RUN.get(device.type, ())]
+        if not proven:
             raise ConfigError(f"no implementation of {table[0].op} runs on {device.type} in {dtype}: {reasons}")
-        return runnable[0]
+        return proven[0]
     where = f"kernels.{table[0].op} = {requested}"
     choices = ", ".join(["auto", *(impl.name for impl in runnable)])
     if requested not in reasons:

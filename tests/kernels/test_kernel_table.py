@@ -27,6 +27,14 @@ def test_auto_takes_the_first_that_can_run() -> None:
     assert select(TABLE, "auto", CPU, torch.float32).name == "middle"
 
 
+def test_auto_passes_over_what_has_never_run_on_such_a_device_and_a_name_does_not() -> None:
+    gpu = torch.device("cuda", 0)
+    table = (Impl("op", "native", abs, always), Impl("op", "reference", max, always))
+    assert select(table, "auto", gpu, torch.float32).name == "reference"
+    assert select(table, "native", gpu, torch.float32).name == "native"
+    assert select(table, "auto", CPU, torch.float32).name == "native"
+
+
 def test_a_name_is_taken_even_when_a_better_one_can_run() -> None:
     assert select(TABLE, "slow", CPU, torch.float32).fn is max
 

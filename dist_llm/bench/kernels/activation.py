@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dist_llm.bench.kernels.case import Race
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.activation import GELU_IMPLS, SWIGLU_IMPLS
-from dist_llm.kernels.impl import select
 
 __all__ = ["races"]
 
@@ -27,7 +26,7 @@ def races(device: torch.device) -> list[Race]:
     rows, dim = (3072, 1536) if device.type == "cpu" else (16384, 11008)
     x, up = (torch.randn(rows, dim, device=device).bfloat16() for _ in range(2))
     bias = torch.randn(dim, device=device).bfloat16()
-    gelu, swiglu = (select(table, "auto", device, x.dtype).fn for table in (GELU_IMPLS, SWIGLU_IMPLS))
+    gelu, swiglu = (raced(table, device, x.dtype).fn for table in (GELU_IMPLS, SWIGLU_IMPLS))
     shape = f"bf16 {rows} x {dim}"
     # Gelu: forward reads x and writes y, backward reads dy and x and writes dx. Swiglu: one tensor more to read each time, one more to write.
     return [

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from dist_llm.bench.kernels.case import Race
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.adamw import IMPLS, SUM_OF_SQUARES_IMPLS
 from dist_llm.kernels.adamw.reference import AdamWStepFn, SumOfSquaresFn
-from dist_llm.kernels.impl import select
 
 __all__ = ["model_shapes", "races"]
 
@@ -73,7 +72,7 @@ def races(device: torch.device) -> list[Race]:
         ours, reference = (
             partial(clipped, step_fn=step.fn, sum_fn=sums.fn)
             for step, sums in (
-                (select(IMPLS, "auto", device, torch.float32), select(SUM_OF_SQUARES_IMPLS, "auto", device, torch.float32)),
+                (raced(IMPLS, device, torch.float32), raced(SUM_OF_SQUARES_IMPLS, device, torch.float32)),
                 (IMPLS[-1], SUM_OF_SQUARES_IMPLS[-1]),
             )
         )

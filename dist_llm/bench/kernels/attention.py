@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dist_llm.bench.kernels.case import Race
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.attention import IMPLS
-from dist_llm.kernels.impl import select
 
 __all__ = ["attention_flops", "qkv", "races"]
 
@@ -32,7 +31,7 @@ def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def races(device: torch.device) -> list[Race]:
     """bf16, forward and backward; the first is the standard shape."""
-    ours, reference = select(IMPLS, "auto", device, torch.bfloat16).fn, IMPLS[-1].fn
+    ours, reference = raced(IMPLS, device, torch.bfloat16).fn, IMPLS[-1].fn
     shapes = [(2, 1024, 12, 64), (12, 256, 6, 64)] if device.type == "cpu" else [(4, 4096, 16, 128), (8, 2048, 16, 64)]
     return [
         Race(

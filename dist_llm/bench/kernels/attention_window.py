@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from dist_llm.bench.kernels.attention import attention_flops, qkv
-from dist_llm.bench.kernels.case import Race
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.attention import IMPLS
-from dist_llm.kernels.impl import select
 
 __all__ = ["races"]
 
@@ -32,7 +31,7 @@ def with_mask(mask: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 def races(device: torch.device) -> list[Race]:
     """bf16, forward and backward; the first is the standard shape."""
-    ours, reference = select(IMPLS, "auto", device, torch.bfloat16).fn, IMPLS[-1].fn
+    ours, reference = raced(IMPLS, device, torch.bfloat16).fn, IMPLS[-1].fn
     shape = (1, 2048, 12, 64) if device.type == "cpu" else (4, 8192, 16, 128)
     tokens = shape[1]
     near = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Race", "relative_errors"]
+from dist_llm.kernels.impl import Impl
+
+__all__ = ["Race", "raced", "relative_errors"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ class Race:
             roots = [t for t in outputs if t.requires_grad]
             values += [g for g in torch.autograd.grad(roots, leaves, _arriving(roots), allow_unused=True) if g is not None]
         return [v.detach() for v in values if v.is_floating_point()]
+
+
+def raced(table: tuple[Impl, ...], device: torch.device, dtype: torch.dtype) -> Impl:
+    """Whom a race enters: the first implementation that can run, also where none has run before and ``auto`` is still wary of it."""
+    return next(impl for impl in table if impl.why_not(device, dtype) is None)
 
 
 def relative_errors(race: Race, contestants: Mapping[str, Callable[..., Any]]) -> dict[str, float]:

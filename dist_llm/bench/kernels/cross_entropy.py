@@ -7,9 +7,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from dist_llm.bench.kernels.case import Race
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.cross_entropy import IMPLS
-from dist_llm.kernels.impl import select
 
 __all__ = ["eager", "races"]
 
@@ -34,7 +33,7 @@ def races(device: torch.device) -> list[Race]:
                 args=(logits, torch.randint(0, vocab, (rows,), device=device)),
                 wanted=(0,),
                 reference=partial(IMPLS[-1].fn, ignore=IGNORE),
-                ours=partial(select(IMPLS, "auto", device, dtype).fn, ignore=IGNORE),
+                ours=partial(raced(IMPLS, device, dtype).fn, ignore=IGNORE),
                 eager=eager,
                 # Forward reads the logits; backward reads them again and writes their gradient.
                 moved_bytes=3 * logits.nbytes,

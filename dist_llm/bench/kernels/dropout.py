@@ -7,9 +7,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from dist_llm.bench.kernels.case import Race
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.dropout import ADD_IMPLS, IMPLS
-from dist_llm.kernels.impl import select
 
 __all__ = ["races"]
 
@@ -39,7 +38,7 @@ def races(device: torch.device) -> list[Race]:
             args=(x,),
             wanted=(0,),
             reference=partial(IMPLS[-1].fn, p=P, **place),
-            ours=partial(select(IMPLS, "auto", device, x.dtype).fn, p=P, **place),
+            ours=partial(raced(IMPLS, device, x.dtype).fn, p=P, **place),
             eager=partial(IMPLS[-1].fn, p=P, **place),
             yardsticks={"torch": torch_dropout},
             moved_bytes=4 * x.nbytes,
@@ -50,7 +49,7 @@ def races(device: torch.device) -> list[Race]:
             args=(x, residual),
             wanted=(0, 1),
             reference=partial(ADD_IMPLS[-1].fn, p=P, **place),
-            ours=partial(select(ADD_IMPLS, "auto", device, x.dtype).fn, p=P, **place),
+            ours=partial(raced(ADD_IMPLS, device, x.dtype).fn, p=P, **place),
             eager=partial(ADD_IMPLS[-1].fn, p=P, **place),
             yardsticks={"torch": torch_dropout_add},
             # Forward reads both and writes the sum, whose gradient is the residual's: backward reads it and writes that of x.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dist_llm.bench.kernels.case import Race
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.embedding import BACKWARD_INTO_IMPLS, IMPLS
-from dist_llm.kernels.impl import select
 
 __all__ = ["races"]
 
@@ -40,7 +39,7 @@ def races(device: torch.device) -> list[Race]:
     ids = torch.randint(0, ROWS, (tokens,), device=device)
     grad_out = torch.randn(tokens, DIM, device=device).bfloat16()
     used = int(ids.bincount().count_nonzero())
-    into = select(BACKWARD_INTO_IMPLS, "auto", device, torch.bfloat16).fn
+    into = raced(BACKWARD_INTO_IMPLS, device, torch.bfloat16).fn
     made, whole = [], []
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(ROWS, DIM, device=device).to(dtype)
@@ -66,7 +65,7 @@ def races(device: torch.device) -> list[Race]:
                 args=(ids, weight, torch.bfloat16),
                 wanted=(1,),
                 reference=IMPLS[-1].fn,
-                ours=select(IMPLS, "auto", device, torch.bfloat16).fn,
+                ours=raced(IMPLS, device, torch.bfloat16).fn,
                 eager=eager,
                 peers={"index_add": index_add},
                 # Forward reads rows and writes them in bf16; backward reads their gradients and writes the whole gradient.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dist_llm.bench.kernels.case import Race
-from dist_llm.kernels.impl import select
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.layer_norm import IMPLS
 
 __all__ = ["races"]
@@ -33,7 +32,7 @@ def races(device: torch.device) -> list[Race]:
                 args=(x, weight, bias, EPS),
                 wanted=(0, 1, 2),
                 reference=IMPLS[-1].fn,
-                ours=select(IMPLS, "auto", device, x.dtype).fn,
+                ours=raced(IMPLS, device, x.dtype).fn,
                 eager=eager,
                 # Forward reads x and writes y; backward reads dy and x and writes dx.
                 moved_bytes=5 * x.nbytes,

@@ -7,12 +7,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from dist_llm.bench.kernels.case import Race
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.bench.kernels.cross_entropy import IGNORE
 from dist_llm.bench.kernels.cross_entropy import eager as cross_entropy_eager
 from dist_llm.kernels.cross_entropy import IMPLS, LINEAR_IMPLS
 from dist_llm.kernels.cross_entropy.reference import CrossEntropyFn
-from dist_llm.kernels.impl import select
 
 __all__ = ["races"]
 
@@ -49,11 +48,11 @@ def races(device: torch.device) -> list[Race]:
                 args=(hidden, weight, torch.randint(0, vocab, (rows,), device=device)),
                 wanted=(0, 1),
                 reference=partial(LINEAR_IMPLS[-1].fn, ignore=IGNORE),
-                ours=partial(select(LINEAR_IMPLS, "auto", device, torch.bfloat16).fn, ignore=IGNORE),
+                ours=partial(raced(LINEAR_IMPLS, device, torch.bfloat16).fn, ignore=IGNORE),
                 eager=eager,
                 compiles=False,
                 yardsticks={
-                    "all logits, our loss": partial(whole, head=select(IMPLS, "auto", device, torch.bfloat16).fn),
+                    "all logits, our loss": partial(whole, head=raced(IMPLS, device, torch.bfloat16).fn),
                     "products alone": products,
                 },
                 flops=6 * rows * dim * vocab,

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dist_llm.bench.kernels.case import Race
-from dist_llm.kernels.impl import select
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.moe import MLP_IMPLS
 
 __all__ = ["races"]
@@ -72,7 +71,7 @@ def races(device: torch.device) -> list[Race]:
                 args=(rows, counts.to(device=device, dtype=torch.int32), *weights),
                 wanted=(0, 2, 3, 4),
                 reference=MLP_IMPLS[-1].fn,
-                ours=select(MLP_IMPLS, "auto", device, rows.dtype).fn,
+                ours=raced(MLP_IMPLS, device, rows.dtype).fn,
                 eager=eager,
                 yardsticks={"dense products": dense_products},
                 flops=9 * 2 * num_rows * width * inner,

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from dist_llm.bench.kernels.case import Race
-from dist_llm.kernels.impl import select
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.moe import PERMUTE_IMPLS, ROUTE_IMPLS, UNPERMUTE_IMPLS
 
 __all__ = ["races"]
@@ -57,7 +56,7 @@ def eager_gather(logits: torch.Tensor, x: torch.Tensor, top_k: int) -> torch.Ten
 def races(device: torch.device) -> list[Race]:
     """bf16, forward and backward, top 2; the first is the standard shape, the second shows what 256 experts cost."""
     tokens, width = (8192, 512) if device.type == "cpu" else (32768, 2048)
-    ours = chain(*(select(impls, "auto", device, torch.bfloat16).fn for impls in (ROUTE_IMPLS, PERMUTE_IMPLS, UNPERMUTE_IMPLS)))
+    ours = chain(*(raced(impls, device, torch.bfloat16).fn for impls in (ROUTE_IMPLS, PERMUTE_IMPLS, UNPERMUTE_IMPLS)))
     definition = chain(*(impls[-1].fn for impls in (ROUTE_IMPLS, PERMUTE_IMPLS, UNPERMUTE_IMPLS)))
     top_k = 2
     made = []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dist_llm.bench.kernels.case import Race
-from dist_llm.kernels.impl import select
+from dist_llm.bench.kernels.case import Race, raced
 from dist_llm.kernels.rotary import IMPLS
 
 __all__ = ["races"]
@@ -29,7 +28,7 @@ def races(device: torch.device) -> list[Race]:
             args=(x, angles.cos(), angles.sin()),
             wanted=(0,),
             reference=IMPLS[-1].fn,
-            ours=select(IMPLS, "auto", device, x.dtype).fn,
+            ours=raced(IMPLS, device, x.dtype).fn,
             eager=eager,
             # Forward reads x and writes y, backward the same of their gradients.
             moved_bytes=4 * batch * tokens * heads * head_dim * x.element_size(),
