@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from dist_llm.config.schema import ModelConfig
 from dist_llm.generate.beam import beam_search
 from dist_llm.generate.sample import Sampling, sample
 from dist_llm.generate.vocabulary import Vocabulary
@@ -82,10 +84,11 @@ def gpt2_pair() -> tuple[Decoder, nn.Module, Callable[[Get, int], dict[str, torc
     return make_model(config), theirs, gpt2_tensors
 
 
-def llama_pair() -> tuple[Decoder, nn.Module, Callable[[Get, int], dict[str, torch.Tensor]]]:
-    config = make_config(norm="rms_norm", position="rotary", activation="swiglu", num_kv_heads=2, tie_embeddings=False, rope_theta=500.0)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+def llama_like(
+    config: ModelConfig, model: Any, its_config: Any, **more: Any
+) -> tuple[Decoder, nn.Module, Callable[[Get, int], dict[str, torch.Tensor]]]:
+    theirs = model(
+        its_config(
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_seq_len,
             hidden_size=config.d_model,
@@ -98,31 +101,20 @@ def llama_pair() -> tuple[Decoder, nn.Module, Callable[[Get, int], dict[str, tor
             tie_word_embeddings=False,
             bos_token_id=2,
             eos_token_id=3,
+            **more,
         )
     )
     return make_model(config), theirs, llama_tensors
+
+
+def llama_pair() -> tuple[Decoder, nn.Module, Callable[[Get, int], dict[str, torch.Tensor]]]:
+    config = make_config(norm="rms_norm", position="rotary", activation="swiglu", num_kv_heads=2, tie_embeddings=False, rope_theta=500.0)
+    return llama_like(config, transformers.LlamaForCausalLM, transformers.LlamaConfig)
 
 
 def mistral_pair() -> tuple[Decoder, nn.Module, Callable[[Get, int], dict[str, torch.Tensor]]]:
     config = make_config(norm="rms_norm", position="rotary", activation="swiglu", num_kv_heads=2, tie_embeddings=False, window=5)
-    theirs = transformers.MistralForCausalLM(
-        transformers.MistralConfig(
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_seq_len,
-            hidden_size=config.d_model,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.kv_heads,
-            intermediate_size=config.ffn_size,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=False,
-            sliding_window=config.window,
-            bos_token_id=2,
-            eos_token_id=3,
-        )
-    )
-    return make_model(config), theirs, llama_tensors
+    return llama_like(config, transformers.MistralForCausalLM, transformers.MistralConfig, sliding_window=config.window)
 
 
 PAIRS = {"gpt2": gpt2_pair, "llama": llama_pair, "mistral, window": mistral_pair}
