@@ -15,10 +15,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_llm import __version__
 from dist_llm.cluster.inspect import LAUNCHERS, available_cores, available_memory, free_disk, launcher_path, slurm
 from dist_llm.utils.errors import ExitCode
+
+if TYPE_CHECKING:
+    import torch
+
+    from dist_llm.kernels.impl import Impl
 
 __all__ = ["Finding", "add_arguments", "examine", "run"]
 
@@ -111,25 +117,36 @@ def ops() -> Iterator[Finding]:
     """Each op's implementations for bf16, on the CPU and on the first GPU if there is one."""
     import torch
 
-    from dist_llm.kernels.impl import NEVER_RUN
     from dist_llm.kernels.table import TABLES
 
     devices = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
-    for function, table in TABLES.items():
+    for op in sorted({table[0].op for table in TABLES.values()}):
+        functions = {function: table for function, table in TABLES.items() if table[0].op == op}
         for device in devices:
-            chosen = None
-            for impl in table:
-                reason = impl.why_not(device, torch.bfloat16)
-                name = f"{function} ({device.type}, bf16)"
-                if reason is not None:
-                    yield Finding("ops", name, "off", impl.name, reason)
-                elif impl.name in NEVER_RUN.get(device.type, ()):
-                    text = f"can run, but never has on {device.type}: auto passes over it, kernels.{impl.op}={impl.name} asks for it"
-                    yield Finding("ops", name, "ok", impl.name, text)
-                else:
-                    text = f"can run; kernels.{impl.op}={impl.name} asks for it" if chosen else "taken by auto"
-                    chosen = chosen or impl.name
-                    yield Finding("ops", name, "ok", impl.name, text)
+            answers = {function: _answers(table, device) for function, table in functions.items()}
+            if len(set(map(tuple, answers.values()))) == 1:  # the functions of a folder mostly run under the same conditions
+                answers = {op: next(iter(answers.values()))}
+            for name, found in answers.items():
+                yield from (Finding("ops", f"{name} ({device.type}, bf16)", mark, impl, text) for mark, impl, text in found)
+
+
+def _answers(table: tuple[Impl, ...], device: torch.device) -> list[tuple[str, str, str]]:
+    """Mark, name and sentence of each implementation."""
+    import torch
+
+    from dist_llm.kernels.impl import NEVER_RUN
+
+    answers, taken = [], False
+    for impl in table:
+        reason = impl.why_not(device, torch.bfloat16)
+        mark = "ok" if reason is None else "off"
+        asks = f"kernels.{impl.op}={impl.name} asks for it"
+        if reason is None and impl.name in NEVER_RUN.get(device.type, ()):
+            reason = f"can run, but never has on {device.type}: auto passes over it, {asks}"
+        elif reason is None:
+            reason, taken = (f"can run; {asks}" if taken else "taken by auto"), True
+        answers.append((mark, impl.name, reason))
+    return answers
 
 
 def vendors() -> Iterator[Finding]:
