@@ -7,11 +7,13 @@ Exit status 0 when all compile or nvcc is not there (said plainly; --require mak
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,19 +38,24 @@ def main() -> int:
     except BuildError as error:
         print(f"compile_cuda: {error}", file=sys.stderr)
         return 1
-    failed = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        for source in sources:
-            started = time.monotonic()
-            command = [*nvcc_command(source, Path(scratch) / "out.o", torch.include), "-Werror", "all-warnings"]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-            verdict = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
-            arches = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHES)
-            print(f"compile_cuda: {source.relative_to(ROOT)} for {arches}: {verdict} in {time.monotonic() - started:.1f} s")
-            if done.returncode != 0:
-                print(done.stdout + done.stderr, file=sys.stderr)
-                failed += 1
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        done = pool.map(lambda source: compile_one(source, Path(scratch), torch.include), sources)
+        failed = [source for source, compiled in zip(sources, done, strict=True) if not compiled]
     return 1 if failed else 0
+
+
+def compile_one(source: Path, scratch: Path, torch_include: Path) -> bool:
+    """Compile ``source``, say how it went, and whether it did."""
+    started = time.monotonic()
+    command = [*nvcc_command(source, scratch / f"{source.stem}.o", torch_include), "-Werror", "all-warnings"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    verdict = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
+    arches = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHES)
+    name = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source
+    print(f"compile_cuda: {name} for {arches}: {verdict} in {time.monotonic() - started:.1f} s", flush=True)
+    if done.returncode != 0:
+        print(done.stdout + done.stderr, file=sys.stderr)
+    return done.returncode == 0
 
 
 if __name__ == "__main__":
