@@ -54,7 +54,7 @@ class KeyValueCache:
 class SelfAttention(nn.Module):
     """Causal self-attention with num_kv_heads <= num_heads (multi-head, grouped-query, multi-query).
 
-    ``scale`` multiplies query times key; default 1 / sqrt(head_dim). With ``window``, a token sees that many, itself the last of them.
+    ``joint`` computes queries, keys and values by one product (``joint_linear``). ``scale`` multiplies query times key; default 1 / sqrt(head_dim). With ``window``, a token sees that many, itself the last of them.
     """
 
     def __init__(
@@ -72,8 +72,10 @@ class SelfAttention(nn.Module):
         region: TensorRegion = WHOLE,
         recompute: bool = False,
         window: int | None = None,
+        joint: bool = True,
     ) -> None:
         super().__init__()
+        self.joint = joint
         self.head_dim = head_dim
         self.window = window
         self.scale = head_dim**-0.5 if scale is None else scale
@@ -108,7 +110,8 @@ class SelfAttention(nn.Module):
             the shape of x_BTD.
         """
         x_BTD = self.region.enter(x_BTD)
-        projected = joint_linear((self.query, self.key, self.value), x_BTD)
+        projections = (self.query, self.key, self.value)
+        projected = joint_linear(projections, x_BTD) if self.joint else [layer(x_BTD) for layer in projections]
         q_BTNH, k_BTKH, v_BTKH = (t.view(*t.shape[:-1], -1, self.head_dim) for t in projected)
         if self.recompute and cache is None and torch.is_grad_enabled():
             # Of everything between the projections only q, k and v are kept (arXiv:2205.05198, section 5).

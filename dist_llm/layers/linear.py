@@ -61,6 +61,8 @@ class Linear(nn.Module):
 def joint_linear(layers: Sequence[Linear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The outputs of layers that share their input, in training by one product: better shapes, and one gradient of x instead of a sum.
 
+    The layers themselves are not called: not for ZeRO-3, which fills a weight only while its own layer runs.
+
     Args:
         layers: all with a bias, or all without.
         x: (..., in_features).
@@ -68,9 +70,8 @@ def joint_linear(layers: Sequence[Linear], x: torch.Tensor) -> tuple[torch.Tenso
     Returns:
         (..., out_features) of each, dtype of x; strided views of one tensor where one product made them.
     """
-    # Putting the weights side by side is a copy of them, which the few tokens of a step of generation would not pay back. And ZeRO-3
-    # fills a weight only while its own layer runs: outside it is an empty vector.
-    if not torch.is_grad_enabled() or any(layer.weight.ndim != 2 for layer in layers):
+    # Putting the weights side by side is a copy of them, which the few tokens of a step of generation would not pay back.
+    if not torch.is_grad_enabled():
         return tuple(layer(x) for layer in layers)
     weights, biases = zip(*(layer.tensors(x.dtype) for layer in layers), strict=True)
     y = _JointLinear.apply(layers[0].fn, x, len(layers), *weights, *biases)  # type: ignore[no-untyped-call]

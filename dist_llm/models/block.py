@@ -60,6 +60,7 @@ class Block(nn.Module):
         seed: of dropout.
         region: tensor-parallel ranks.
         recompute_attention: keep only the inputs of attention for backward.
+        joint: query, key and value by one product.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Block(nn.Module):
         seed: int = 0,
         region: TensorRegion = WHOLE,
         recompute_attention: bool = False,
+        joint: bool = True,
     ) -> None:
         super().__init__()
         self.attention_norm = build_norm(config, ops, region)
@@ -87,6 +89,7 @@ class Block(nn.Module):
             region=region,
             recompute=recompute_attention,
             window=config.layer_window(number),
+            joint=joint,
         )
         self.attention_dropout = build_dropout(config, ops, seed, f"blocks.{number}.attention")
         self.mlp_norm = build_norm(config, ops, region)

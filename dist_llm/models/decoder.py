@@ -57,6 +57,7 @@ class Decoder(nn.Module):
         layers: numbers of the blocks of this stage; default all. The stage with block 0 has the embedding, the one with the last
             block the final norm and the head.
         seed: of dropout.
+        joint: projections that share their input are one product; False where a weight exists only while its own layer runs (ZeRO-3).
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Decoder(nn.Module):
         region: TensorRegion = WHOLE,
         layers: range | None = None,
         seed: int = 0,
+        joint: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -88,7 +90,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleDict(
             {
                 str(number): Block(
-                    config, ops, number=number, seed=seed, region=region, recompute_attention=recompute.applies("selective", i)
+                    config, ops, number=number, seed=seed, region=region, recompute_attention=recompute.applies("selective", i), joint=joint
                 )
                 for i, number in enumerate(self.layers)
             }

@@ -71,6 +71,7 @@ def build_parts(config: RunConfig, ctx: ParallelContext, chosen: dict[str, Impl]
             region=region,
             layers=stages[chunk * ctx.pp.size + ctx.pp.rank],
             seed=config.seed,
+            joint=parallel.zero < 3,
         )
         for chunk in range(parallel.chunks)
     ]

@@ -57,6 +57,8 @@ class _Module:
     # Its input needs no gradient: backward never reports its end, and it lets go at the end of the pass.
     opens_graph: bool = False
     recomputed: bool = False
+    # Tensors it puts out: backward enters it once for each.
+    outputs: int = 1
 
 
 def module_calls(config: RunConfig, parameters: Mapping[str, Parameter]) -> list[ModuleCall]:
@@ -68,9 +70,9 @@ def module_calls(config: RunConfig, parameters: Mapping[str, Parameter]) -> list
     """
     model, recompute = config.model, config.parallel.recompute
 
-    def leaf(name: str, *, opens_graph: bool = False) -> _Module:
+    def leaf(name: str, *, opens_graph: bool = False, outputs: int = 1) -> _Module:
         own = tuple(parameters[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in parameters)
-        return _Module(name, own, opens_graph=opens_graph)
+        return _Module(name, own, opens_graph=opens_graph, outputs=outputs)
 
     def block(number: int) -> _Module:
         name = f"blocks.{number}"
@@ -81,7 +83,7 @@ def module_calls(config: RunConfig, parameters: Mapping[str, Parameter]) -> list
             leaf(f"{name}.attention_norm"),
             _Module(f"{name}.attention", children=attention),
             _Module(f"{name}.attention_dropout"),
-            leaf(f"{name}.mlp_norm"),
+            leaf(f"{name}.mlp_norm", outputs=2),  # the norm, and the residual stream
             _Module(f"{name}.mlp", children=mlp),
             _Module(f"{name}.mlp_dropout"),
         )
@@ -106,7 +108,7 @@ def _forward(module: _Module) -> list[ModuleCall]:
 
 
 def _backward(module: _Module, late: list[ModuleCall]) -> list[ModuleCall]:
-    calls = [ModuleCall(module.name, module.parameters, True)]
+    calls = [ModuleCall(module.name, module.parameters, True)] * module.outputs
     if module.recomputed:
         calls += _forward(module)
     for child in reversed(module.children):

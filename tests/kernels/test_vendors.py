@@ -208,7 +208,7 @@ def test_why_not_flash_names_the_device_the_dtype_the_package_the_version_and_th
     assert flash_attn.why_not_flash(CPU, torch.bfloat16) == "flash-attn runs on NVIDIA GPUs, not on cpu"
     assert "not torch.float32" in str(flash_attn.why_not_flash(CUDA, torch.float32))
     assert "cannot be imported: import of flash_attn halted" in str(flash_attn.why_not_flash(CUDA, torch.bfloat16))
-    with pytest.raises(ValueError, match="flash-attn: the package flash-attn cannot be imported"):
+    with pytest.raises(ValueError, match="flash_attn: the package flash-attn cannot be imported"):
         flash_attn.attention_flash(*qkv(9, 9), causal=True)
     vendors({"flash_attn": stub_flash_attn([], "2.6.3")})
     assert flash_attn.why_not_flash(CUDA, torch.bfloat16) == "flash-attn is 2.6.3; it takes 2.7 or later"

@@ -124,13 +124,13 @@ def test_joint_layers_keep_no_copy_of_their_weights_for_backward() -> None:
     assert saved.keys() <= own
 
 
-def test_joint_layers_go_one_by_one_where_a_weight_is_not_there() -> None:
+def test_joint_layers_go_one_by_one_without_gradients() -> None:
     layers = [fill(Linear(6, 4, bias=False)) for _ in range(2)]
     seen: list[Linear] = []
     for layer in layers:
         layer.register_forward_hook(lambda module, _inputs, _output: seen.append(module))
     with torch.no_grad():
         joint_linear(layers, torch.randn(3, 6))
-    assert seen == layers  # as ZeRO-3 wants it, which fills a weight while its layer is called
+    assert seen == layers
     joint_linear(layers, torch.randn(3, 6))
     assert seen == layers

@@ -157,13 +157,16 @@ def column_gradient_not_summed() -> Iterator[None]:
 def norms_not_synchronised() -> Iterator[None]:
     """Under sequence parallelism each rank keeps the gradient that its own tokens gave the norms."""
 
-    def rms(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-        return self.fn(x, self.weight.to(x.dtype), self.eps)
+    def own(self: TensorRegion, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter
 
-    def layer(self: LayerNorm, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), self.eps)
+    right = {kind: kind.forward for kind in (RMSNorm, LayerNorm)}
 
-    with _replaced(RMSNorm, "forward", rms), _replaced(LayerNorm, "forward", layer):
+    def forward(self: RMSNorm | LayerNorm, *inputs: torch.Tensor) -> Any:
+        with _replaced(TensorRegion, "shared", own):
+            return right[type(self)](self, *inputs)
+
+    with _replaced(RMSNorm, "forward", forward), _replaced(LayerNorm, "forward", forward):
         yield
 
 
@@ -234,12 +237,13 @@ def recomputed_with_other_random_state() -> Iterator[None]:
     seen: set[tuple[int, ...]] = set()
     right = Dropout.forward
 
-    def forward(self: Dropout, x: torch.Tensor, samples: torch.Tensor, columns: torch.Tensor, feature_start: int = 0) -> torch.Tensor:
+    def forward(self: Dropout, x: torch.Tensor, samples: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         key = (id(self), *samples.tolist())
         if key not in seen:
             seen.add(key)
-            return right(self, x, samples, columns, feature_start)
-        return self.fn(x, self.p, seed=self.seed + 1, site=self.site, samples=samples, columns=columns, feature_start=feature_start)
+            return right(self, x, samples, *more, **named)
+        with _replaced(self, "seed", self.seed + 1):
+            return right(self, x, samples, *more, **named)
 
     with _replaced(Dropout, "forward", forward):
         yield
