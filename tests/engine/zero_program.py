@@ -5,9 +5,12 @@ usage: zero_program.py --local_rank=R OUT CORPUS PRECISION STEPS
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +19,7 @@ from dist_llm.comm.collectives import all_reduce_sum
 from dist_llm.comm.context import ParallelContext
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import RunConfig
+from dist_llm.engine import deepspeed as engine_deepspeed
 from dist_llm.engine.attempt import open_rows
 from dist_llm.engine.base import Engine
 from dist_llm.engine.batches import StepBatches
@@ -30,11 +34,34 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 # Besides the four stages: tied embeddings and biases, whose head is read outside the module that owns it; the same with
 # recomputation, which runs forward again inside backward, when ZeRO-3 has let go of the parameters; packed documents.
+DIVIDED = "zero3-divided"
 OTHERS = {
     "gpt2-zero3": ("gpt2", 3, []),
     "gpt2-zero3-recompute": ("gpt2", 3, ["parallel.recompute=full"]),
     "packed-zero2-recompute": ("packed", 2, ["parallel.recompute=full"]),
+    # By default DeepSpeed keeps tensors as small as these whole on every rank, and ZeRO-3 divides nothing.
+    f"llama-{DIVIDED}": ("llama", 3, []),
+    f"gpt2-{DIVIDED}": ("gpt2", 3, []),
 }
+
+
+@contextlib.contextmanager
+def dividing_everything() -> Iterator[None]:
+    """Each parameter exists only while its own module runs, as those of a large model do."""
+    right = engine_deepspeed.deepspeed_config
+
+    def divided(config: RunConfig, zero_size: int) -> dict[str, Any]:
+        answer = right(config, zero_size)
+        answer["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+        }  # fmt: skip
+        return answer
+
+    engine_deepspeed.deepspeed_config = divided
+    try:
+        yield
+    finally:
+        engine_deepspeed.deepspeed_config = right
 
 
 def config_for(corpus: str, precision: str, steps: int, zero: int, extra: list[str] | None = None, *, tiny: str = "llama") -> RunConfig:
@@ -84,7 +111,8 @@ def main() -> None:
             if ctx.is_main:
                 save_file(answer, Path(out) / f"zero{zero}.safetensors")
         for name, (tiny, zero, extra) in OTHERS.items() if precision == "fp32" else ():
-            answer = train(config_for(corpus, precision, 6, zero, extra, tiny=tiny), ctx)
+            with dividing_everything() if name.endswith(DIVIDED) else contextlib.nullcontext():
+                answer = train(config_for(corpus, precision, 6, zero, extra, tiny=tiny), ctx)
             if ctx.is_main:
                 save_file(answer, Path(out) / f"{name}.safetensors")
         all_reduce_sum([0.0], ctx.world, ctx.device)  # leave together
