@@ -177,7 +177,7 @@ def kept_for_backward(model: ModelShape, layout: LayoutShape, size: int, saving:
         expert_layer_whole=whole_moe,
         layer_again=again if selective else whole_dense - dense,
         expert_layer_again=again if selective and moe else whole_moe - moe,
-        first=tokens * (8 if tp == 1 else 9) + (tokens * 8 if model.learned_positions else 0),
+        first=tokens * (8 if tp == 1 else 9) + (own * 8 if model.learned_positions else 0),
         last=final_norm + tokens * (16 if tp == 1 else 20) + cast_head,
         logits=tokens * rows * (4 if saving.reference else size),
         lent_head=rows * d * size if size < 4 and not saving.casts_weights else 0,
