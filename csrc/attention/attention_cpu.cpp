@@ -113,8 +113,6 @@ void with_type(const Tensor& q, const F& f) {
 
 // DL_PER_ISA with the products of bf16 pairs where the storage type S and the processor have them.
 #if defined(__x86_64__)
-bool multiplies_bf16() { return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16"); }
-
 #define DL_PER_DOT(...)                                       \
   if constexpr (sizeof(S) == sizeof(bf16)) {                  \
     if (multiplies_bf16()) {                                  \

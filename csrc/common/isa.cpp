@@ -58,8 +58,17 @@ Isa isa() {
   return chosen;
 }
 
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace dist_llm
 
 STABLE_TORCH_LIBRARY_IMPL(dist_llm, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&dist_llm::cpu_isa));
+  m.impl("cpu_multiplies_bf16", TORCH_BOX(&dist_llm::multiplies_bf16));
 }

@@ -13,6 +13,9 @@ Isa isa();
 
 const char* isa_name(Isa isa);
 
+// Whether that is AVX-512 and the processor also multiplies pairs of bf16 numbers (AVX512_BF16).
+bool multiplies_bf16();
+
 }  // namespace dist_llm
 
 // Calls the kernel compiled for the instructions in use: DL_PER_ISA(forward<S, W>(args, begin, end)).

@@ -245,7 +245,7 @@ class KernelsConfig(Section):
     dropout: Literal["auto", "native", "reference"] = Field("auto", description="Dropout.")
     embedding: Literal["auto", "native", "reference"] = Field("auto", description="Rows of the embedding tables.")
     layer_norm: Literal["auto", "native", "apex", "reference"] = Field("auto", description="LayerNorm.")
-    linear: Literal["auto", "onednn", "reference"] = Field("auto", description="Linear layers.")
+    linear: Literal["auto", "native", "onednn", "reference"] = Field("auto", description="Linear layers.")
     moe: Literal["auto", "native", "reference"] = Field("auto", description="Routing to experts, their order, and their MLPs.")
     rms_norm: Literal["auto", "native", "apex", "reference"] = Field("auto", description="RMSNorm.")
     rotary: Literal["auto", "native", "reference"] = Field("auto", description="Rotary positions.")

@@ -12,9 +12,9 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,17 @@ from dist_llm.engine.record import NullRecorder, Recorder, RunRecorder
 from dist_llm.engine.run_dir import Start, checkpoint_at, corpus_hash, decide_start, write_description
 from dist_llm.engine.stop import StopFlag
 from dist_llm.engine.watch import Watch
+from dist_llm.kernels.impl import Impl
+from dist_llm.kernels.table import LAYOUT_TABLES
+from dist_llm.models.ops import Ops
 from dist_llm.parallel.divide import grid_of
 from dist_llm.report.metrics import read_events
 from dist_llm.utils.errors import ConfigError, ExitCode, UserError
 
 __all__ = ["open_rows", "run_attempt"]
+
+# What a training run calls; the tables also have functions that only tools and later models do.
+CALLED = frozenset(field.name for field in fields(Ops)) | {"adamw_step"}
 
 
 def open_rows(config: RunConfig) -> tuple[RowDataset, RowDataset | None]:
@@ -128,8 +134,7 @@ def run_attempt(config: RunConfig, launch: Launch, stop: StopFlag) -> int:
                 stack.callback(recorder.close)
                 for note in start.notes:
                     recorder.note(note)
-                ops = {impl.op: impl.name for impl in chosen.values()}
-                recorder.note(_headline(config, launch, ops, deepspeed=deepspeed))
+                recorder.note(_headline(config, launch, chosen, deepspeed=deepspeed))
             peak = peak_flops(ctx.device, compute_dtype(config))
             (peak_sum,) = all_reduce_sum([peak or 0.0], ctx.world, ctx.device)
             with _agreed(ctx, "building the engine"):
@@ -230,13 +235,16 @@ def _rank_log(run_dir: Path, attempt: int, rank: int) -> Iterator[None]:
             faulthandler.disable()
 
 
-def _headline(config: RunConfig, launch: Launch, kernels: dict[str, str], *, deepspeed: bool) -> str:
+def _headline(config: RunConfig, launch: Launch, chosen: Mapping[str, Impl], *, deepspeed: bool) -> str:
     engine = f"deepspeed, ZeRO-{config.parallel.zero}" if deepspeed else "plain"
-    names = dict.fromkeys(kernels.values())
-    ops = "; ".join(f"{name}: {', '.join(op for op, taken in kernels.items() if taken == name)}" for name in names)
+    ops: dict[str, dict[str, None]] = {}  # name -> ops of which this run calls a function so named, in their order
+    for function, impl in chosen.items():
+        if function in CALLED or function in LAYOUT_TABLES:
+            ops.setdefault(impl.name, {})[impl.op] = None
+    kernels = "; ".join(f"{name}: {', '.join(taken)}" for name, taken in ops.items())
     return (
         f"{config.name}: {launch.world_size} rank(s) by {launch.launcher}, {torch.get_num_threads()} thread(s) each, "
-        f"engine {engine}, {config.precision}; kernels {ops}"
+        f"engine {engine}, {config.precision}; kernels {kernels}"
     )
 
 

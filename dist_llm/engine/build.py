@@ -74,7 +74,7 @@ def build_engine(config: RunConfig, ctx: ParallelContext, chosen: dict[str, Impl
     if deepspeed:
         from dist_llm.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(modules, config, state, ctx)
+        return DeepSpeedEngine(modules, config, state, ctx, adamw_step=chosen["adamw_step"].fn)
     return PlainEngine(modules[0], config.optim, state, adamw_step=chosen["adamw_step"].fn, sum_of_squares=chosen["sum_of_squares"].fn)
 
 

@@ -23,6 +23,7 @@ from dist_llm.comm.context import ParallelContext
 from dist_llm.config.schema import RunConfig
 from dist_llm.engine.base import DeviceBatch, LossModule, TrainState
 from dist_llm.engine.deepspeed_config import deepspeed_config, import_deepspeed
+from dist_llm.kernels.adamw.reference import AdamWStepFn, adamw_step_torch
 from dist_llm.optim.adamw import build_adamw, set_learning_rate
 from dist_llm.parallel.pipeline import Pipeline, inject
 from dist_llm.parallel.state import whole_tensors
@@ -93,7 +94,15 @@ _PREFIX = re.compile(r"^parts\.\d+\.model\.")
 class DeepSpeedEngine:
     """ZeRO over the data and context parallel ranks, under tensor parallel layers and pipeline stages."""
 
-    def __init__(self, parts: Sequence[LossModule], config: RunConfig, state: TrainState, ctx: ParallelContext) -> None:
+    def __init__(
+        self,
+        parts: Sequence[LossModule],
+        config: RunConfig,
+        state: TrainState,
+        ctx: ParallelContext,
+        *,
+        adamw_step: AdamWStepFn = adamw_step_torch,
+    ) -> None:
         deepspeed = import_deepspeed()
         self.loss_module = parts[0]
         self._parts = list(parts)
@@ -109,7 +118,8 @@ class DeepSpeedEngine:
         # The weights go in before DeepSpeed divides or rounds them; _load_state puts the unrounded masters in afterwards.
         for part in parts:
             part.model.load_weights({name: state.weights[name] for name, _ in part.model.named_parameters()})
-        optimizer = build_adamw(self._named, config.optim, config.model)
+        # Clipping and casts are DeepSpeed's; of ours it is the update alone.
+        optimizer = build_adamw(self._named, config.optim, config.model, adamw_step=adamw_step)
         # It insists on this variable, which srun does not set; what it says is what the context says.
         os.environ["LOCAL_RANK"] = str(ctx.local_rank)
         # It prints memory figures to stdout, which belongs to the answers of our commands.

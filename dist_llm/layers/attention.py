@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dist_llm.kernels.linear.reference import linear_reference
+from dist_llm.kernels.linear.reference import joint_linear_reference, linear_reference
 from dist_llm.kernels.rotary.reference import rotary_reference
-from dist_llm.layers.linear import Linear, LinearFn, RowParallelLinear, joint_linear
+from dist_llm.layers.linear import JointLinearFn, Linear, LinearFn, RowParallelLinear, joint_linear
 from dist_llm.layers.region import WHOLE, TensorRegion
 from dist_llm.layers.rotary import RotaryFn
 
@@ -54,7 +54,20 @@ class KeyValueCache:
 class SelfAttention(nn.Module):
     """Causal self-attention with num_kv_heads <= num_heads (multi-head, grouped-query, multi-query).
 
-    ``joint`` computes queries, keys and values by one product (``joint_linear``). ``scale`` multiplies query times key; default 1 / sqrt(head_dim). With ``window``, a token sees that many, itself the last of them.
+    Args:
+        dim: width of the residual stream.
+        num_heads: of queries, over all ranks.
+        num_kv_heads: of keys and values.
+        head_dim: of each head.
+        bias: on all four projections.
+        fn: attention (``kernels.attention``).
+        linear: product and bias (``kernels.linear``).
+        rotate: rotary positions (``kernels.rotary``).
+        scale: multiplies query times key; default 1 / sqrt(head_dim).
+        region: tensor-parallel ranks.
+        recompute: keep only queries, keys and values for backward.
+        window: a token sees that many, itself the last of them; None: all before it.
+        joint: computes queries, keys and values by one product; None: each by its own.
     """
 
     def __init__(
@@ -72,7 +85,7 @@ class SelfAttention(nn.Module):
         region: TensorRegion = WHOLE,
         recompute: bool = False,
         window: int | None = None,
-        joint: bool = True,
+        joint: JointLinearFn | None = joint_linear_reference,
     ) -> None:
         super().__init__()
         self.joint = joint
@@ -111,7 +124,7 @@ class SelfAttention(nn.Module):
         """
         x_BTD = self.region.enter(x_BTD)
         projections = (self.query, self.key, self.value)
-        projected = joint_linear(projections, x_BTD) if self.joint else [layer(x_BTD) for layer in projections]
+        projected = joint_linear(projections, x_BTD, self.joint) if self.joint else [layer(x_BTD) for layer in projections]
         q_BTNH, k_BTKH, v_BTKH = (t.view(*t.shape[:-1], -1, self.head_dim) for t in projected)
         if self.recompute and cache is None and torch.is_grad_enabled():
             # Of everything between the projections only q, k and v are kept (arXiv:2205.05198, section 5).

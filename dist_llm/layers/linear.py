@@ -10,21 +10,20 @@ ranks' products are summed (Shoeybi et al., arXiv:1909.08053, section 3).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from dist_llm.comm.autograd import copy_to_group
 from dist_llm.comm.context import SINGLE, Group
-from dist_llm.kernels.linear.reference import linear_reference
+from dist_llm.kernels.linear.reference import joint_linear_reference, linear_reference
 from dist_llm.layers.region import WHOLE, TensorRegion
 
-__all__ = ["ActivationFn", "Linear", "LinearFn", "RowParallelLinear", "joint_linear"]
+__all__ = ["ActivationFn", "JointLinearFn", "Linear", "LinearFn", "RowParallelLinear", "joint_linear"]
 
 ActivationFn = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 LinearFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+JointLinearFn = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor | None]], torch.Tensor]
 
 
 class Linear(nn.Module):
@@ -58,14 +57,15 @@ class Linear(nn.Module):
         return copy_to_group(parameter.float(), self.copies) if self.copies.size > 1 else parameter
 
 
-def joint_linear(layers: Sequence[Linear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The outputs of layers that share their input, in training by one product: better shapes, and one gradient of x instead of a sum.
+def joint_linear(layers: Sequence[Linear], x: torch.Tensor, fn: JointLinearFn = joint_linear_reference) -> tuple[torch.Tensor, ...]:
+    """The outputs of layers that share their input, in training by one product.
 
     The layers themselves are not called: not for ZeRO-3, which fills a weight only while its own layer runs.
 
     Args:
         layers: all with a bias, or all without.
         x: (..., in_features).
+        fn: product of several weights (``kernels.linear``).
 
     Returns:
         (..., out_features) of each, dtype of x; strided views of one tensor where one product made them.
@@ -74,32 +74,7 @@ def joint_linear(layers: Sequence[Linear], x: torch.Tensor) -> tuple[torch.Tenso
     if not torch.is_grad_enabled():
         return tuple(layer(x) for layer in layers)
     weights, biases = zip(*(layer.tensors(x.dtype) for layer in layers), strict=True)
-    y = _JointLinear.apply(layers[0].fn, x, len(layers), *weights, *biases)  # type: ignore[no-untyped-call]
-    return torch.split(y, [layer.weight.shape[0] for layer in layers], dim=-1)
-
-
-class _JointLinear(torch.autograd.Function):
-    """Keeps the weights where they are: the copy of them side by side is made again for backward, not kept till then."""
-
-    @staticmethod
-    def forward(ctx: Any, fn: LinearFn, x: torch.Tensor, num_layers: int, *tensors: torch.Tensor | None) -> torch.Tensor:
-        weights, biases = tensors[:num_layers], tensors[num_layers:]
-        ctx.save_for_backward(x, *weights)
-        ctx.has_bias = biases[0] is not None
-        return fn(x, torch.cat(weights), torch.cat(biases) if ctx.has_bias else None)  # type: ignore[arg-type]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        x, *weights = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        sizes = [weight.shape[0] for weight in weights]
-        dx = torch.mm(rows, torch.cat(weights)).view(x.shape) if ctx.needs_input_grad[1] else None
-        dweights: Sequence[torch.Tensor | None] = [None] * len(weights)
-        if any(ctx.needs_input_grad[3 : 3 + len(weights)]):
-            dweights = torch.split(torch.mm(rows.t(), x.reshape(-1, x.shape[-1])), sizes)
-        dbiases: Sequence[torch.Tensor | None] = torch.split(rows.sum(0), sizes) if ctx.has_bias else [None] * len(weights)
-        return None, dx, None, *dweights, *dbiases
+    return torch.split(fn(x, weights, biases), [layer.weight.shape[0] for layer in layers], dim=-1)
 
 
 class RowParallelLinear(nn.Module):

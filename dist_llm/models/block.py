@@ -89,7 +89,7 @@ class Block(nn.Module):
             region=region,
             recompute=recompute_attention,
             window=config.layer_window(number),
-            joint=joint,
+            joint=ops.joint_linear if joint else None,
         )
         self.attention_dropout = build_dropout(config, ops, seed, f"blocks.{number}.attention")
         self.mlp_norm = build_norm(config, ops, region)

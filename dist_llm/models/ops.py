@@ -13,13 +13,13 @@ from dist_llm.kernels.dropout.reference import dropout_add_reference, dropout_re
 from dist_llm.kernels.embedding.reference import embedding_reference
 from dist_llm.kernels.impl import Impl
 from dist_llm.kernels.layer_norm.reference import layer_norm_reference, layer_norm_residual_reference
-from dist_llm.kernels.linear.reference import linear_reference
+from dist_llm.kernels.linear.reference import joint_linear_reference, linear_reference
 from dist_llm.kernels.rms_norm.reference import rms_norm_reference, rms_norm_residual_reference
 from dist_llm.kernels.rotary.reference import rotary_reference
 from dist_llm.layers.attention import AttentionFn
 from dist_llm.layers.dropout import DropoutAddFn, DropoutFn
 from dist_llm.layers.embedding import EmbeddingFn
-from dist_llm.layers.linear import ActivationFn, LinearFn
+from dist_llm.layers.linear import ActivationFn, JointLinearFn, LinearFn
 from dist_llm.layers.mlp import SwigluFn
 from dist_llm.layers.norm import LayerNormFn, LayerNormResidualFn, RMSNormFn, RMSNormResidualFn
 from dist_llm.layers.rotary import RotaryFn
@@ -37,6 +37,7 @@ class Ops:
     dropout_add: DropoutAddFn = dropout_add_reference
     embedding: EmbeddingFn = embedding_reference
     gelu: ActivationFn = gelu_reference
+    joint_linear: JointLinearFn = joint_linear_reference
     layer_norm: LayerNormFn = layer_norm_reference
     layer_norm_residual: LayerNormResidualFn = layer_norm_residual_reference
     linear: LinearFn = linear_reference

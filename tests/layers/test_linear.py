@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from dist_llm.kernels.impl import select
+from dist_llm.kernels.linear import IMPLS, JOINT_IMPLS
 from dist_llm.layers.embedding import Embedding
 from dist_llm.layers.linear import Linear, joint_linear
 from dist_llm.layers.mlp import GeluMLP, SwigluMLP
@@ -91,12 +93,16 @@ def test_mlps_are_their_formulas(bias: bool) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_joint_layers_compute_what_each_computes_alone_with_every_gradient(bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", [impl.name for impl in JOINT_IMPLS])
+def test_joint_layers_compute_what_each_computes_alone_with_every_gradient(name: str, bias: bool, dtype: torch.dtype) -> None:
+    joint_impl, impl = (next(impl for impl in table if impl.name == name) for table in (JOINT_IMPLS, IMPLS))
+    if reason := impl.why_not(torch.device("cpu"), dtype):
+        pytest.skip(reason)
     generator = torch.Generator().manual_seed(2)
-    layers = [fill(Linear(33, out, bias=bias)) for out in (17, 5, 8)]
+    layers = [fill(Linear(33, out, bias=bias, fn=impl.fn)) for out in (17, 5, 8)]
     x = torch.randn(2, 9, 33, generator=generator).to(dtype)
     results = []
-    for compute in (lambda t: joint_linear(layers, t), lambda t: tuple(layer(t) for layer in layers)):
+    for compute in (lambda t: joint_linear(layers, t, joint_impl.fn), lambda t: tuple(layer(t) for layer in layers)):
         leaf = x.clone().requires_grad_()
         outputs = compute(leaf)
         parameters = [p for layer in layers for p in layer.parameters()]
@@ -119,7 +125,7 @@ def test_joint_layers_keep_no_copy_of_their_weights_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        joint_linear(layers, x)
+        joint_linear(layers, x, select(JOINT_IMPLS, "auto", x.device, x.dtype).fn)
     own = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
     assert saved.keys() <= own
 

@@ -7,12 +7,14 @@ summed over the rows as a matrix, which torch does several times faster than ove
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch.autograd.function import once_differentiable
 
-__all__ = ["linear_onednn", "why_not_onednn"]
+from dist_llm.kernels.linear.function import LinearProduct
+from dist_llm.kernels.linear.reference import joint_linear_reference, weight_grad_reference
+
+__all__ = ["joint_linear_onednn", "linear_onednn", "onednn_product", "weight_grad_onednn", "why_not_onednn"]
 
 
 def why_not_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -29,6 +31,12 @@ def why_not_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def onednn_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """X A^T + b without a gradient; no argument may be empty."""
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
+    return y
+
+
 def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``linear_reference``; ask ``why_not_onednn`` first, as ``select`` does.
 
@@ -42,24 +50,35 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """
     if x.numel() == 0 or weight.numel() == 0:
         return torch.nn.functional.linear(x, weight, bias)  # oneDNN refuses empty products
-    y: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    y: torch.Tensor = LinearProduct.apply(onednn_product, weight_grad_onednn, x, 1, weight, bias)  # type: ignore[no-untyped-call]
     return y
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
-        return y
+def joint_linear_onednn(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """``joint_linear_reference``; ask ``why_not_onednn`` first, as ``select`` does.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        dx = torch.mm(rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        dweight = torch.mm(rows.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        dbias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return dx, dweight, dbias
+    Args:
+        x: (..., K) bf16.
+        weights: (N_i, K) bf16 each.
+        biases: (N_i,) bf16 each; or a None for each.
+
+    Returns:
+        (..., N_1 + N_2 + ...) bf16.
+    """
+    if x.numel() == 0 or all(weight.numel() == 0 for weight in weights):
+        return joint_linear_reference(x, weights, biases)  # oneDNN refuses empty products
+    y: torch.Tensor = LinearProduct.apply(onednn_product, weight_grad_onednn, x, len(weights), *weights, *biases)  # type: ignore[no-untyped-call]
+    return y
+
+
+def weight_grad_onednn(dy: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight_grad_reference``, the same bits whatever the strides; ask ``why_not_onednn`` first, as ``select`` does.
+
+    Args:
+        dy: (R, N) bf16.
+        x: (R, K) bf16.
+
+    Returns:
+        (N, K) and (N,) bf16.
+    """
+    return weight_grad_reference(dy.contiguous(), x.contiguous())
