@@ -26,55 +26,83 @@ constexpr int64_t kBlockRows = 1024, kBlockInputs = 8 * kTileInputs;  // 768 KiB
 DL_BF16_PAIRS static inline __mmask32 first32(int64_t n) { return n >= 32 ? ~__mmask32{0} : n <= 0 ? 0 : (__mmask32{1} << n) - 1; }
 DL_BF16_PAIRS static inline __mmask16 first16(int64_t n) { return static_cast<__mmask16>(first32(n < 16 ? n : 16)); }
 
-// 32 columns of two rows, as two vectors of 16 words (even row, odd row) in the order of the columns. odd may be null: zeros.
+// 32 columns of two rows, as two vectors of 16 words (even row, odd row) in the order of the columns.
 struct Words {
   __m512i low, high;
 };
 
-DL_BF16_PAIRS static inline Words interleave(const bf16* even, const bf16* odd, __mmask32 there) {
+DL_BF16_PAIRS static inline Words interleave(__m512i even, __m512i odd) {
   const __m512i low = _mm512_set_epi16(
       47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const __m512i a = _mm512_maskz_loadu_epi16(there, even);
-  const __m512i b = odd == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(there, odd);
-  return {_mm512_permutex2var_epi16(a, low, b), _mm512_permutex2var_epi16(a, high, b)};
+  return {_mm512_permutex2var_epi16(even, low, odd), _mm512_permutex2var_epi16(even, high, odd)};
+}
+
+// The same of rows in memory. The columns that are there are read, and odd only where there is one; the rest are zeros.
+DL_BF16_PAIRS static inline Words read_words(const bf16* even, bool has_odd, int64_t stride, __mmask32 there) {
+  return interleave(
+      _mm512_maskz_loadu_epi16(there, even), _mm512_maskz_loadu_epi16(has_odd ? there : __mmask32{0}, has_odd ? even + stride : even));
+}
+
+DL_BF16_PAIRS static inline Words read_words(const bf16* even, int64_t stride) {
+  return interleave(_mm512_loadu_si512(even), _mm512_loadu_si512(even + stride));
 }
 
 // Columns [0, columns) of pairs [begin, end) of a block of rows of x, padded with zeros to whole panels: words[panel][pair][kTileInputs].
 DL_BF16_PAIRS static inline void pack_inputs(
     const bf16* x, int64_t stride, int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t pairs, uint32_t* words) {
-  const int64_t vectors = (columns + kTileInputs - 1) / kTileInputs * kTileVectors;
+  const int64_t panels = (columns + kTileInputs - 1) / kTileInputs, panel_words = pairs * kTileInputs;
   for (int64_t p = begin; p < end; ++p) {
     const bf16* even = x + 2 * p * stride;
-    const bf16* odd = 2 * p + 1 < rows ? even + stride : nullptr;
-    for (int64_t v = 0; v < vectors; v += 2) {
-      const int64_t column = 16 * v;
-      const Words both = interleave(even + column, odd == nullptr ? nullptr : odd + column, first32(columns - column));
-      uint32_t* to = words + (v / kTileVectors * pairs + p) * kTileInputs + v % kTileVectors * 16;
-      _mm512_store_si512(to, both.low);
-      if (v + 1 == vectors) break;
-      to = words + ((v + 1) / kTileVectors * pairs + p) * kTileInputs + (v + 1) % kTileVectors * 16;
-      _mm512_store_si512(to, both.high);
+    const bool has_odd = 2 * p + 1 < rows;
+    // Two panels are three times 32 columns.
+    for (int64_t panel = 0; panel < panels; panel += 2) {
+      const int64_t column = panel * kTileInputs;
+      uint32_t* to = words + panel * panel_words + p * kTileInputs;
+      Words a, b, c;
+      if (has_odd && columns - column >= 96) {
+        a = read_words(even + column, stride);
+        b = read_words(even + column + 32, stride);
+        c = read_words(even + column + 64, stride);
+      } else {
+        a = read_words(even + column, has_odd, stride, first32(columns - column));
+        b = read_words(even + column + 32, has_odd, stride, first32(columns - column - 32));
+        c = read_words(even + column + 64, has_odd, stride, first32(columns - column - 64));
+      }
+      _mm512_store_si512(to, a.low);
+      _mm512_store_si512(to + 16, a.high);
+      _mm512_store_si512(to + 32, b.low);
+      if (panel + 1 == panels) break;
+      to += panel_words;
+      _mm512_store_si512(to, b.high);
+      _mm512_store_si512(to + 16, c.low);
+      _mm512_store_si512(to + 32, c.high);
     }
   }
+}
+
+// A pair of rows of 32 columns of dy, four tiles apart by tile_words; its sums added to low and high.
+DL_BF16_PAIRS static inline void store_outputs(const Words& both, int64_t tile_words, uint32_t* to, __m512* low, __m512* high) {
+  const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(both.low));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to + tile_words), _mm512_extracti64x4_epi64(both.low, 1));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to + 2 * tile_words), _mm512_castsi512_si256(both.high));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to + 3 * tile_words), _mm512_extracti64x4_epi64(both.high, 1));
+  *low = _mm512_dpbf16_ps(*low, (__m512bh)both.low, ones);
+  *high = _mm512_dpbf16_ps(*high, (__m512bh)both.high, ones);
 }
 
 // Columns [0, columns <= kStripOutputs) of a block of rows of dy: words[tile][pair][kTileOutputs]. Their sums are added to sums, unless it is null.
 DL_BF16_PAIRS static inline void pack_outputs(
     const bf16* dy, int64_t stride, int64_t rows, int64_t columns, int64_t pairs, uint32_t* words, float* sums) {
-  const __mmask32 there = first32(columns);
-  const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
   __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-  for (int64_t p = 0; p < pairs; ++p) {
-    const bf16* even = dy + 2 * p * stride;
-    const Words both = interleave(even, 2 * p + 1 < rows ? even + stride : nullptr, there);
-    uint32_t* to = words + p * kTileOutputs;
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(both.low));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + pairs * kTileOutputs), _mm512_extracti64x4_epi64(both.low, 1));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + 2 * pairs * kTileOutputs), _mm512_castsi512_si256(both.high));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + 3 * pairs * kTileOutputs), _mm512_extracti64x4_epi64(both.high, 1));
-    low = _mm512_dpbf16_ps(low, (__m512bh)both.low, ones);
-    high = _mm512_dpbf16_ps(high, (__m512bh)both.high, ones);
+  const int64_t whole = columns == kStripOutputs ? rows / 2 : 0, tile_words = pairs * kTileOutputs;
+  for (int64_t p = 0; p < whole; ++p) {
+    store_outputs(read_words(dy + 2 * p * stride, stride), tile_words, words + p * kTileOutputs, &low, &high);
+  }
+  for (int64_t p = whole; p < pairs; ++p) {
+    const Words both = read_words(dy + 2 * p * stride, 2 * p + 1 < rows, stride, first32(columns));
+    store_outputs(both, tile_words, words + p * kTileOutputs, &low, &high);
   }
   if (sums == nullptr) return;
   const __mmask16 first = first16(columns), second = first16(columns - 16);
