@@ -54,6 +54,10 @@ inline void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64
   if (!bias.has_value()) return;
   STD_TORCH_CHECK(
       bias->dim() == 1 && bias->size(0) == dim, name, " ", shape_of(*bias), " must have the last dimension of ", x_name, " ", shape_of(x));
+  const ScalarType type = bias->scalar_type();
+  STD_TORCH_CHECK(
+      type == x.scalar_type() || type == ScalarType::Float, name, " is ", torch::headeronly::toString(type), "; it must have the dtype of ",
+      x_name, ", ", torch::headeronly::toString(x.scalar_type()), ", or be fp32");
   check_contiguous(*bias, name);
   check_same_device(*bias, x, name, x_name);
 }

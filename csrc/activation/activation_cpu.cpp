@@ -15,7 +15,7 @@
 #include "common/vec_math.h"
 #include "dropout/keep_vec.h"
 
-namespace dist_llm {
+namespace dist_llm::activation {
 
 // Biases are fp32 in the order of pairs of S (common/pair_columns.inc); null: none.
 template <class S>
@@ -38,7 +38,7 @@ struct BackwardArgs {
   S* dup;
 };
 
-}  // namespace dist_llm
+}  // namespace dist_llm::activation
 
 #define DL_ISA_SOURCE "activation/activation_rows.inc"
 #include "common/foreach_isa.h"
@@ -46,6 +46,8 @@ struct BackwardArgs {
 namespace dist_llm {
 namespace {
 
+using activation::BackwardArgs;
+using activation::ForwardArgs;
 using activation::Shape;
 using dropout::Mask;
 using OptionalTensor = std::optional<Tensor>;

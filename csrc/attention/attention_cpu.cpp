@@ -20,7 +20,7 @@
 #include "attention/lanes.h"
 #include "common/isa.h"
 
-namespace dist_llm {
+namespace dist_llm::attention {
 
 // A block of scores: its lanes are queries, its rows keys. Both are multiples of what every instruction set packs.
 constexpr int64_t kBlockQueries = 64;
@@ -61,7 +61,7 @@ struct BackwardArgs : ForwardArgs<S> {
   int64_t out_stride[3], dout_stride[3];
 };
 
-}  // namespace dist_llm
+}  // namespace dist_llm::attention
 
 #define DL_ISA_SOURCE "attention/attention_rows.inc"
 #include "common/foreach_isa.h"
@@ -80,6 +80,10 @@ using V = VecAvx512Bf16;
 namespace dist_llm {
 namespace {
 
+using attention::BackwardArgs;
+using attention::ForwardArgs;
+using attention::kBlockKeys;
+using attention::kBlockQueries;
 using attention::Shape;
 
 // Tasks there should at least be, where heads allow it: a key and value head with many query heads is divided among several.
@@ -197,6 +201,7 @@ Ranges match_documents(const Shape& shape, const Tensor& doc_ids, const Tensor& 
 Ranges find_ranges(
     const Shape& shape, const std::optional<Tensor>& doc_ids, const std::optional<Tensor>& query_doc_ids, bool causal, int64_t window) {
   if (query_doc_ids.has_value()) return match_documents(shape, *doc_ids, *query_doc_ids);
+  window = std::min(window, shape.num_keys);  // one that covers all keys; 0 stays 0, and no sum with a position overflows
   const int64_t rows = doc_ids.has_value() ? shape.batch : 1;
   const int64_t padded = round_up(shape.num_queries, kBlockQueries);
   Ranges ranges{std::vector<float>(rows * padded), std::vector<float>(rows * padded), doc_ids.has_value() ? padded : 0};

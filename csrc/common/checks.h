@@ -22,13 +22,22 @@ inline std::string shape_of(const Tensor& t) {
   return out.str();
 }
 
+// cpu, cuda:1
+inline std::string device_of(const Tensor& t) {
+  const auto device = t.device();
+  if (device.is_cpu()) return "cpu";
+  const int type = static_cast<int>(device.type());
+  const std::string name = device.is_cuda() ? "cuda" : "device type " + std::to_string(type);
+  return device.has_index() ? name + ":" + std::to_string(static_cast<int>(device.index())) : name;
+}
+
 inline void check_contiguous(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous(), name, " ", shape_of(t), " must be contiguous; call .contiguous() on it first");
 }
 
 inline void check_same_device(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
   STD_TORCH_CHECK(
-      t.device() == like.device(), name, " must be on the device of ", like_name, "; move one of them");
+      t.device() == like.device(), name, " is on ", device_of(t), " but ", like_name, " is on ", device_of(like), "; move one of them");
 }
 
 inline void check_same_shape(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {

@@ -21,7 +21,7 @@ inline TokensByRow tokens_by_row(const int64_t* ids, int64_t count, int64_t num_
   const size_t n = static_cast<size_t>(count);
   std::vector<uint64_t> keys(n), sorted(n);
   for (size_t t = 0; t < n; ++t) keys[t] = static_cast<uint64_t>(ids[t]) << 32 | t;
-  for (int shift = 32; (static_cast<uint64_t>(num_rows > 0 ? num_rows - 1 : 0) << 32) >> shift != 0; shift += kDigitBits) {
+  for (int shift = 32; shift < 64 && (static_cast<uint64_t>(num_rows > 0 ? num_rows - 1 : 0) << 32) >> shift != 0; shift += kDigitBits) {
     uint32_t at[kDigits] = {};
     for (const uint64_t key : keys) ++at[(key >> shift) % kDigits];
     uint32_t sum = 0;

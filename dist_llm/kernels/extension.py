@@ -18,8 +18,12 @@ from dist_llm.utils.errors import ConfigError
 __all__ = ["Extension", "load_extension", "why_no_kernel"]
 
 PACKAGE = Path(__file__).resolve().parent.parent
+OLDEST_GPU = (8, 0)  # what setup.py compiles for first; nothing older can run that
+# Of activations, on each kind of device; csrc/common/tensors.h and cuda_tensors.h have the same.
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 torch.library.define("dist_llm::cpu_isa", "() -> str")
+torch.library.define("dist_llm::cpu_multiplies_bf16", "() -> bool")
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,17 @@ def load_extension() -> Extension:
     return open_extension(PACKAGE)
 
 
-def why_no_kernel(op: str, device: torch.device) -> str | None:
-    """Why the compiled kernel of ``op`` cannot be called on ``device``, or None when it can."""
+def why_no_kernel(op: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why the compiled kernel of ``op`` cannot be called on ``device``, or None when it can. Loads the extension at the first call.
+
+    Args:
+        op: its name in ``torch.ops.dist_llm``.
+        device: of the tensors.
+        dtype: of the activations; None where the op has no choice of them.
+    """
+    supported = DTYPES.get(device.type, DTYPES["cpu"])
+    if dtype is not None and dtype not in supported:
+        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
     extension = load_extension()
     if not extension.loaded:
         return extension.why_not
@@ -95,6 +108,11 @@ def why_no_kernel(op: str, device: torch.device) -> str | None:
     if key is None:
         return f"there is no compiled kernel for {device.type}"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"dist_llm::{op}", key):
+        # Asked last, and only where there is a GPU: the question makes torch initialise CUDA.
+        if device.type == "cuda" and torch.cuda.is_available():
+            capability = torch.cuda.get_device_capability(device)
+            if capability < OLDEST_GPU:
+                return f"the CUDA kernels need compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}, this GPU has {capability[0]}.{capability[1]}"
         return None
     reason = extension.build.get("cuda_reason") if device.type == "cuda" else None
     return f"the extension has no {key} kernel for it" + (f": {reason} when it was built" if reason else "")

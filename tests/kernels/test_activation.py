@@ -155,6 +155,12 @@ def test_one_bias_of_swiglu_alone_is_refused(fn: Callable[..., torch.Tensor]) ->
         fn(x, x, None, bias)
 
 
+@pytest.mark.parametrize("fn", [swiglu_reference, swiglu_native])
+def test_an_up_of_another_shape_than_gate_is_refused(fn: Callable[..., torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"up \(1, 8\) must have the shape of gate \(3, 8\)"):
+        fn(torch.ones(3, 8), torch.ones(1, 8))
+
+
 @needs_native
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -162,9 +168,12 @@ def test_one_bias_of_swiglu_alone_is_refused(fn: Callable[..., torch.Tensor]) ->
         (lambda x, up, a, b: (x.double(), up.double(), None, None), "activation on CPU takes fp32 or bf16, not Double"),
         (lambda x, up, a, b: (x, up.bfloat16(), None, None), "up is BFloat16 but gate is Float"),
         (lambda x, up, a, b: (x, up[:1], None, None), r"up \(1, 3, 24\) must have the shape of gate \(2, 3, 24\)"),
-        (lambda x, up, a, b: (x, up, a, b.bfloat16()), "up_bias is BFloat16 but gate_bias is Float"),
+        (lambda x, up, a, b: (x.bfloat16(), up.bfloat16(), a, b.bfloat16()), "up_bias is BFloat16 but gate_bias is Float"),
         (lambda x, up, a, b: (x, up, a[1:], b[1:]), r"gate_bias \(23\) must have the last dimension of gate \(2, 3, 24\)"),
-        (lambda x, up, a, b: (x, up, a.bfloat16(), b.bfloat16()), "weight in the dtype of x or fp32"),
+        (
+            lambda x, up, a, b: (x, up, a.bfloat16(), b.bfloat16()),
+            "gate_bias is BFloat16; it must have the dtype of gate, Float, or be fp32",
+        ),
         (lambda x, up, a, b: (x[..., :0], up[..., :0], None, None), "last dimension of at least 1"),
         (lambda x, up, a, b: (x.transpose(0, 1), up.transpose(0, 1), None, None), "must be contiguous"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,27 @@ def test_large_scores_neither_overflow_nor_lose_the_largest(dtype: torch.dtype) 
     assert expected_lse.max() > 1000  # exp of it is infinite
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_of_any_size_beyond_the_keys_is_none(causal: bool) -> None:
+    inputs = make_inputs((2, 70, 90, 2, 2, 16), torch.float32)
+    whole = results(attention_native_lse, inputs, {"causal": causal})
+    for window in (90, 2**31, sys.maxsize):
+        for ours, same in zip(results(attention_native_lse, inputs, {"causal": causal, "window": window}), whole, strict=True):
+            assert torch.equal(ours, same)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slopes_that_favour_far_keys_do_not_overflow_in_lanes_without_a_query(dtype: torch.dtype) -> None:
+    # 100 queries: 12 lanes of the last vector have none. At a distance of 99, 2^(99 / ln 2) is infinite.
+    inputs, options = make_inputs((1, 100, 100, 1, 1, 32), dtype), {"causal": True, "alibi_slopes": torch.tensor([-1.0])}
+    exact = results(attention_reference_lse, [t.double() for t in inputs], options)
+    for ours, truth in zip(results(attention_native_lse, inputs, options), exact, strict=True):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=(2e-5 if dtype == torch.float32 else 2e-2) * truth.abs().max().item())
 
 
 @needs_native
@@ -374,6 +396,12 @@ def test_a_result_of_other_queries_is_refused(backward: Callable[..., Any]) -> N
         backward(q, q, k, v, q, torch.zeros(2, 5, 2), causal=False)
     with pytest.raises(ValueError, match=r"out \(2, 4, 2, 8\) torch.float32 must be like q, \(2, 5, 2, 8\)"):
         backward(q, q, k, v, k, torch.zeros(2, 2, 5), causal=False)
+
+
+@pytest.mark.parametrize("fn", [attention_native, attention_reference_lse])
+def test_no_key_and_value_heads_are_refused(fn: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"query heads \(2\) must be a multiple of key and value heads \(0\)"):
+        fn(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 0, 8), torch.zeros(1, 4, 0, 8), causal=True)
 
 
 @needs_native

@@ -316,6 +316,34 @@ def test_linear_native_never_holds_more_than_a_sixteenth_of_the_logits() -> None
     assert largest == 256 * 500 // 16
 
 
+@needs_native
+def test_linear_native_backward_makes_no_zeros_for_the_gradients_it_keeps() -> None:
+    zeros: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            zeros.extend([str(func)] if "zeros" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight, targets = make_linear((48, 16, 100), torch.float32, torch.float32)
+    loss = linear_cross_entropy_native(hidden.requires_grad_(), weight.requires_grad_(), targets, ignore=IGNORE)
+    with Recorder():
+        loss.backward()
+    assert zeros == []
+
+
+@needs_native
+def test_linear_native_refuses_a_second_derivative_and_names_the_way_out() -> None:
+    hidden, weight, targets = make_linear((5, 8, 40), torch.float32, torch.float32)
+    hidden.requires_grad_()
+    loss = linear_cross_entropy_native(hidden, weight, targets, ignore=IGNORE)
+    (dhidden,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    expected = torch.autograd.grad(linear_cross_entropy_reference(hidden, weight, targets, ignore=IGNORE), hidden)[0]
+    torch.testing.assert_close(dhidden.detach(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"linear_cross_entropy has no second derivative.*kernels\.cross_entropy = reference"):
+        dhidden.square().sum().backward()
+
+
 def test_linear_native_refuses_no_chunks() -> None:
     hidden, weight, targets = make_linear((5, 8, 40), torch.float32, torch.float32)
     with pytest.raises(ValueError, match=r"chunks \(0\) must be at least 1"):

@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -174,6 +175,14 @@ def test_a_probability_outside_0_to_1_is_refused(p: float) -> None:
 def test_positions_that_do_not_fit_are_refused_with_all_shapes() -> None:
     with pytest.raises(ValueError, match=r"they are \(2, 3, 4\), \(3,\) and \(2,\)"):
         dropout_reference(torch.ones(2, 3, 4), 0.5, seed=0, site=0, samples=torch.arange(3), columns=torch.arange(2))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("fn", [dropout_add_reference, dropout_add_native])
+def test_a_residual_of_another_shape_is_refused(fn: Callable[..., torch.Tensor], p: float) -> None:
+    place: dict[str, Any] = {"seed": 0, "site": 0, "samples": torch.arange(2), "columns": torch.arange(3)}
+    with pytest.raises(ValueError, match=r"residual \(1, 3, 4\) must have the shape of x \(2, 3, 4\)"):
+        fn(torch.ones(2, 3, 4), torch.ones(1, 3, 4), p, **place)
 
 
 def test_dropout_add_is_the_residual_plus_the_dropout_rounded_once() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_llm.kernels.embedding.native import embedding_backward_into_native, embedding_native, why_not_native
 from dist_llm.kernels.embedding.reference import embedding_backward_into_reference, embedding_reference
@@ -54,6 +55,32 @@ def test_reference_rounds_a_row_of_the_gradient_once() -> None:
     assert table.grad is not None and table.grad[0].item() == 1 + 2**-6
 
 
+def test_reference_makes_no_wide_copy_of_the_table_and_compiles_as_one_graph() -> None:
+    largest = 0
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max(largest, out.numel())
+            return out
+
+    table = torch.randn(1000, 12).bfloat16()
+    ids = torch.tensor([[0, 999, 7], [7, 0, 7]])
+    with Recorder():
+        rows = embedding_reference(ids, table, torch.float32)
+    assert rows.dtype == torch.float32 and largest == rows.numel()
+    torch._dynamo.reset()
+    compiled = torch.compile(embedding_reference, fullgraph=True, backend="aot_eager")
+    results = []
+    for fn in (embedding_reference, compiled):
+        leaf = table.clone().requires_grad_()
+        rows = fn(ids, leaf, torch.float32)
+        results.append([rows, *torch.autograd.grad(rows, leaf, torch.linspace(-1, 1, 72).view_as(rows))])
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
+
+
 @needs_native
 def test_native_rounds_a_row_of_the_gradient_once() -> None:
     ids = torch.zeros(4, dtype=torch.int64)
@@ -79,6 +106,27 @@ def test_native_into_touches_only_rows_with_a_token(dtype: torch.dtype) -> None:
     assert existing[2].eq(2).all() and existing[5].eq(3).all()
     others = [0, 1, 3, 4, 6]
     assert torch.equal(existing.view(torch.uint8)[others], bits[others])
+
+
+@needs_native
+def test_native_into_is_right_where_row_numbers_have_three_digits() -> None:
+    # Tokens are sorted by digits of 11 bits: from 2^22 rows on there are three, and the number that holds them ends.
+    num_rows = 2**22 + 3
+    ids = torch.tensor([num_rows - 1, 5, 2**22, num_rows - 1, 2**11, 0])
+    grad = torch.arange(1.0, 7.0)[:, None]
+    ours, theirs = torch.zeros(num_rows, 1), torch.zeros(num_rows, 1)
+    embedding_backward_into_native(grad, ids, ours)
+    embedding_backward_into_reference(grad, ids, theirs)
+    assert torch.equal(ours, theirs)
+
+
+@needs_native
+def test_native_into_tells_autograd_that_it_wrote() -> None:
+    ids, table, grad = make_inputs()
+    product = (table * torch.ones_like(table).requires_grad_()).sum()
+    embedding_backward_into_native(grad, ids, table)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 @needs_native

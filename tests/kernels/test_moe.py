@@ -126,6 +126,20 @@ def test_grouped_linear_computes_only_the_gradients_that_are_wanted() -> None:
     torch.testing.assert_close(trained.grad[1], rows[2].expand(4, 6))
 
 
+@each_mlp
+def test_without_experts_all_rows_are_zeros(mlp: Fn) -> None:
+    rows = randn(3, 6).requires_grad_()
+    out = mlp(rows, ints(), None, torch.zeros(0, 4, 6), torch.zeros(0, 6, 4))
+    assert torch.equal(out, torch.zeros(3, 6))
+
+
+def test_grouped_linear_without_groups_is_zeros_with_a_gradient_of_zeros() -> None:
+    rows = randn(3, 6).requires_grad_()
+    out = grouped_linear(rows, ints(), torch.zeros(0, 4, 6))
+    assert torch.equal(out, torch.zeros(3, 4))
+    assert torch.equal(torch.autograd.grad(out.sum(), rows)[0], torch.zeros(3, 6))
+
+
 def layer(x: torch.Tensor, logits: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, *fns: Fn) -> torch.Tensor:
     """A layer of experts, from the four functions."""
     route, permute, mlp, unpermute = fns

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_llm.kernels.apex import load_apex
 from dist_llm.kernels.attention import flash_attn
 from dist_llm.kernels.attention.reference import attention_reference_lse
 from dist_llm.kernels.layer_norm import apex as layer_apex
@@ -126,7 +127,7 @@ def vendors(monkeypatch: pytest.MonkeyPatch) -> Iterator[Provide]:
         for load in loaders:
             load.cache_clear()
 
-    loaders: tuple[Any, ...] = (flash_attn.load_flash_attn, rms_apex.load_apex, layer_apex.load_apex)
+    loaders: tuple[Any, ...] = (flash_attn.load_flash_attn, load_apex)
     yield provide
     monkeypatch.undo()
     for load in loaders:

@@ -32,10 +32,7 @@ NOTHING_DROPPED = (0.0, 0, 0, None, None, 0)
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run, or None. Loads the extension at the first call."""
-    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    if dtype not in supported:
-        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
-    return why_no_kernel("gelu", device)
+    return why_no_kernel("gelu", device, dtype)
 
 
 def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -161,7 +158,7 @@ def swiglu_native(
     Raises:
         ValueError: p, a shape or a pair of biases is wrong.
     """
-    check_gated(gate, gate_bias, up_bias, p, samples, columns)
+    check_gated(gate, up, gate_bias, up_bias, p, samples, columns)
     y: torch.Tensor = torch.ops.dist_llm.swiglu(
         gate.contiguous(), up.contiguous(), gate_bias, up_bias, *_mask(p, seed, site, samples, columns, feature_start)
     )

@@ -81,7 +81,7 @@ def swiglu_reference(
     Raises:
         ValueError: p, a shape or a pair of biases is wrong.
     """
-    check_gated(gate, gate_bias, up_bias, p, samples, columns)
+    check_gated(gate, up, gate_bias, up_bias, p, samples, columns)
     y = F.silu(_biased(gate, gate_bias)) * _biased(up, up_bias)
     return _dropped(y, p, seed, site, samples, columns, feature_start).to(gate.dtype)
 
@@ -105,17 +105,20 @@ def check_activation(
 
 def check_gated(
     gate: torch.Tensor,
+    up: torch.Tensor,
     gate_bias: torch.Tensor | None,
     up_bias: torch.Tensor | None,
     p: float,
     samples: torch.Tensor | None,
     columns: torch.Tensor | None,
 ) -> None:
-    """``check_activation`` for two biases.
+    """``check_activation`` for two inputs and two biases.
 
     Raises:
         ValueError: p, a shape or a pair of biases is wrong.
     """
+    if up.shape != gate.shape:
+        raise ValueError(f"up {tuple(up.shape)} must have the shape of gate {tuple(gate.shape)}")
     if (gate_bias is None) != (up_bias is None):
         raise ValueError(f"swiglu takes both biases or none, not {'up' if gate_bias is None else 'gate'}_bias alone")
     check_activation(gate, gate_bias, p, samples, columns)

@@ -29,10 +29,7 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
         device: of the parameters.
         dtype: of gradients and copies; parameters and moments are always fp32.
     """
-    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    if dtype not in supported:
-        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
-    return why_no_kernel("adamw_step", device)
+    return why_no_kernel("adamw_step", device, dtype)
 
 
 def _fake_step(*arguments: object) -> None:

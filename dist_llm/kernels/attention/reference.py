@@ -29,7 +29,7 @@ def check_arguments(
     """
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention takes q (B, T, N, H) and k, v (B, S, K, H), not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if q.shape[2] % k.shape[2] != 0:
+    if k.shape[2] < 1 or q.shape[2] % k.shape[2] != 0:
         raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key and value heads ({k.shape[2]})")
     if query_doc_ids is not None:
         if doc_ids is None:

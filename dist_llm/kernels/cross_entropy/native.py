@@ -55,10 +55,7 @@ Grads = tuple[torch.Tensor | None, ...]
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run, or None. Loads the extension at the first call."""
-    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    if dtype not in supported:
-        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
-    return why_no_kernel("cross_entropy", device)
+    return why_no_kernel("cross_entropy", device, dtype)
 
 
 def _per_row(logits: torch.Tensor) -> torch.Tensor:
@@ -159,16 +156,39 @@ def _fake_linear(
     return _scalar(hidden), dhidden, dweight
 
 
+class _Final(torch.autograd.Function):
+    """Gradients that have none of their own: forward computed them, and the logits are gone."""
+
+    @staticmethod
+    def forward(ctx: Any, *grads: torch.Tensor) -> Tensors:
+        del ctx
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Grads:
+        del ctx, grads
+        raise RuntimeError(
+            "linear_cross_entropy has no second derivative: forward computes its gradients and keeps no logits;"
+            " use kernels.cross_entropy = reference, or linear_cross_entropy_reference"
+        )
+
+
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.weight_dtype = inputs[1].dtype
+    ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(output[1], output[2])
+    # Without it zeros as large as the gradients would arrive for them.
+    ctx.set_materialize_grads(False)
 
 
-def _backward_linear(ctx: Any, dloss: torch.Tensor, ddhidden: torch.Tensor | None, ddweight: torch.Tensor | None) -> Grads:
-    # The gradients are for backward only; nothing flows through them.
+def _backward_linear(ctx: Any, dloss: torch.Tensor, ddhidden: None, ddweight: None) -> Grads:
     del ddhidden, ddweight
     dhidden, dweight = ctx.saved_tensors
-    return dhidden * dloss, (dweight * dloss).to(ctx.weight_dtype), None, None, None, None, None
+    grads: Tensors = (dhidden * dloss, (dweight * dloss).to(ctx.weight_dtype))
+    if torch.is_grad_enabled():
+        # Asked for with create_graph: a second derivative of zero would be silently wrong.
+        grads = _Final.apply(*(grad.detach().requires_grad_() for grad in grads))  # type: ignore[no-untyped-call]
+    return *grads, None, None, None, None, None
 
 
 torch.library.impl("dist_llm::linear_cross_entropy", "CompositeExplicitAutograd")(linear_forward)
@@ -194,6 +214,9 @@ def cross_entropy_native(logits: torch.Tensor, targets: torch.Tensor, *, ignore:
 
     Returns:
         scalar fp32.
+
+    Raises:
+        RuntimeError: a shape or a dtype is none of these, or (on CPU) a target is out of range; the message names it.
     """
     rows = logits.flatten(0, -2).contiguous()
     loss: torch.Tensor = torch.ops.dist_llm.cross_entropy(rows, targets.flatten().contiguous(), ignore, z_loss)[0]
@@ -213,6 +236,9 @@ def cross_entropy_partials_native(
 
     Returns:
         row_max, row_sum, target_logit, each (N,) fp32.
+
+    Raises:
+        RuntimeError: a shape or a dtype is none of these, or (on CPU) a target is out of range; the message names it.
     """
     row_max, row_sum, target_logit = torch.ops.dist_llm.cross_entropy_partials(
         logits.detach().contiguous(), targets.contiguous(), ignore, vocab_start
@@ -245,6 +271,9 @@ def cross_entropy_backward_native(
 
     Returns:
         (N, V), dtype of logits.
+
+    Raises:
+        RuntimeError: a shape or a dtype is none of these, or (on CPU) a target is out of range; the message names it.
     """
     dlogits: torch.Tensor = torch.ops.dist_llm.cross_entropy_backward(
         dloss, logits.detach().contiguous(), targets.contiguous(), row_max, row_sum, ignore, z_loss, vocab_start
@@ -257,7 +286,8 @@ def linear_cross_entropy_native(
 ) -> torch.Tensor:
     """``linear_cross_entropy_reference`` that never holds more than 1 / ``chunks`` of the logits, or one row of them.
 
-    Forward computes the gradients as well where they are wanted, and keeps those of ``hidden`` and, in fp32, of ``weight``.
+    Forward computes the gradients as well where they are wanted, and keeps those of ``hidden`` and, in fp32, of ``weight``. There is no
+    second derivative.
 
     Args:
         hidden: (..., D), fp32 or bf16 (CUDA: fp16 too); copied when it is not contiguous.
@@ -269,6 +299,10 @@ def linear_cross_entropy_native(
 
     Returns:
         scalar fp32.
+
+    Raises:
+        ValueError: chunks is less than 1.
+        RuntimeError: a shape or a dtype is none of these, or (on CPU) a target is out of range; the message names it.
     """
     if chunks < 1:
         raise ValueError(f"linear_cross_entropy: chunks ({chunks}) must be at least 1")

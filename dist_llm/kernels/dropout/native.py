@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.kernels.dropout.reference import check_dropout, mask_key
+from dist_llm.kernels.dropout.reference import check_dropout, check_dropout_add, mask_key
 from dist_llm.kernels.extension import why_no_kernel
 
 __all__ = ["dropout_add_native", "dropout_native", "why_not_native"]
@@ -21,10 +21,7 @@ torch.library.define("dist_llm::dropout_add", f"(Tensor x, Tensor residual, {_MA
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run, or None. Loads the extension at the first call."""
-    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    if dtype not in supported:
-        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
-    return why_no_kernel("dropout", device)
+    return why_no_kernel("dropout", device, dtype)
 
 
 def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -125,7 +122,7 @@ def dropout_add_native(
     Raises:
         ValueError: p or a shape is wrong.
     """
-    check_dropout(x, p, samples, columns)
+    check_dropout_add(x, residual, p, samples, columns)
     if p == 0.0:
         return residual + x
     key0, key1 = mask_key(seed, site)

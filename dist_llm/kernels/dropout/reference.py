@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_llm.kernels.dropout.philox import philox_4x32
 
-__all__ = ["check_dropout", "dropout_add_reference", "dropout_reference", "keep_mask", "mask_key", "site_number"]
+__all__ = ["check_dropout", "check_dropout_add", "dropout_add_reference", "dropout_reference", "keep_mask", "mask_key", "site_number"]
 
 _MASK = 0xFFFFFFFF
 _WORDS = 4  # outputs of one counter: that many neighbouring features share it
@@ -89,7 +89,7 @@ def dropout_add_reference(
     Raises:
         ValueError: p or a shape is wrong.
     """
-    check_dropout(x, p, samples, columns)
+    check_dropout_add(x, residual, p, samples, columns)
     if p == 0.0:
         return residual + x
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -137,6 +137,17 @@ def check_dropout(x: torch.Tensor, p: float, samples: torch.Tensor, columns: tor
             f"dropout needs x (B, T, D) with samples (B,) and columns (T,); "
             f"they are {tuple(x.shape)}, {tuple(samples.shape)} and {tuple(columns.shape)}"
         )
+
+
+def check_dropout_add(x: torch.Tensor, residual: torch.Tensor, p: float, samples: torch.Tensor, columns: torch.Tensor) -> None:
+    """``check_dropout``, and the residual must have the shape of x.
+
+    Raises:
+        ValueError: p or a shape is wrong.
+    """
+    if residual.shape != x.shape:
+        raise ValueError(f"residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}")
+    check_dropout(x, p, samples, columns)
 
 
 class _Dropout(torch.autograd.Function):

@@ -21,10 +21,7 @@ torch.library.define("dist_llm::embedding_backward_into", "(Tensor drows, Tensor
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run, or None. Loads the extension at the first call."""
-    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    if dtype not in supported:
-        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
-    return why_no_kernel("embedding", device)
+    return why_no_kernel("embedding", device, dtype)
 
 
 def _fake(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -88,3 +85,6 @@ def embedding_backward_into_native(grad_out: torch.Tensor, ids: torch.Tensor, we
         RuntimeError: an id is out of range (on CUDA, where the host does not wait, the device stops), or a shape or dtype does not fit.
     """
     torch.ops.dist_llm.embedding_backward_into(grad_out.detach().contiguous(), ids.contiguous(), weight_grad)
+    if not torch.compiler.is_compiling():
+        # An op of ours does not tell autograd that it wrote; a graph that saved an old value must find out.
+        torch.autograd.graph.increment_version(weight_grad)

@@ -6,37 +6,16 @@ It has no form with a weight and no bias: zeros stand for none.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import ModuleType
-
 import torch
 
+from dist_llm.kernels.apex import load_apex, why_no_apex
+
 __all__ = ["layer_norm_apex", "layer_norm_residual_apex", "why_not_apex"]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@functools.cache
-def load_apex() -> tuple[ModuleType | None, str]:
-    """Apex's functions, and why not when they are None. Apex installs without its extension and then fails at the first call."""
-    try:
-        importlib.import_module("fused_layer_norm_cuda")
-        functions = importlib.import_module("apex.normalization.fused_layer_norm")
-    except ImportError as error:
-        return None, f"apex with its fused_layer_norm_cuda extension cannot be imported: {error}"
-    missing = [name for name in ("fused_layer_norm_affine", "mixed_dtype_fused_layer_norm_affine") if not hasattr(functions, name)]
-    return (None, f"this apex is too old: it has no {missing[0]}") if missing else (functions, "")
 
 
 def why_not_apex(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why apex cannot be used, or None."""
-    if device.type != "cuda":
-        return f"apex runs on NVIDIA GPUs, not on {device.type}"
-    if dtype not in DTYPES:
-        return f"apex takes {', '.join(map(str, DTYPES))}, not {dtype}"
-    functions, reason = load_apex()
-    return reason if functions is None else None
+    return why_no_apex("layer_norm", device, dtype)
 
 
 def layer_norm_apex(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -54,7 +33,7 @@ def layer_norm_apex(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     Raises:
         ValueError: apex is not installed.
     """
-    functions, reason = load_apex()
+    functions, reason = load_apex("layer_norm")
     if functions is None:
         raise ValueError(f"kernels.layer_norm = apex: {reason}")
     fn = functions.fused_layer_norm_affine if weight.dtype == x.dtype else functions.mixed_dtype_fused_layer_norm_affine

@@ -31,10 +31,7 @@ Grads = tuple[torch.Tensor | None, ...]
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run, or None. Loads the extension at the first call."""
-    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    if dtype not in supported:
-        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
-    return why_no_kernel("layer_norm", device)
+    return why_no_kernel("layer_norm", device, dtype)
 
 
 def _row_numbers(x: torch.Tensor) -> torch.Tensor:
@@ -76,10 +73,16 @@ def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     _, summed, mean, rstd = output
     ctx.save_for_backward(summed, weight, mean, rstd)
     ctx.with_bias = bias is not None
+    # A result nobody used sends None instead of a tensor of zeros as large as x.
+    ctx.set_materialize_grads(False)
 
 
 # Gradients can arrive with any strides (that of a sum is one number, repeated), the kernels want them contiguous.
 # mean and rstd are for backward only; nothing flows through them.
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def _backward(ctx: Any, dy: torch.Tensor, dmean: torch.Tensor | None, drstd: torch.Tensor | None) -> Grads:
@@ -88,9 +91,13 @@ def _backward(ctx: Any, dy: torch.Tensor, dmean: torch.Tensor | None, drstd: tor
     return dx, dweight, dbias if ctx.with_bias else None, None
 
 
-def _backward_residual(ctx: Any, dy: torch.Tensor, dsummed: torch.Tensor, dmean: torch.Tensor | None, drstd: torch.Tensor | None) -> Grads:
+def _backward_residual(
+    ctx: Any, dy: torch.Tensor | None, dsummed: torch.Tensor | None, dmean: torch.Tensor | None, drstd: torch.Tensor | None
+) -> Grads:
     del dmean, drstd
-    dx, dweight, dbias = torch.ops.dist_llm.layer_norm_backward(dy.contiguous(), *ctx.saved_tensors, dsummed.contiguous(), ctx.with_bias)
+    if dy is None:
+        return dsummed, dsummed, None, None, None
+    dx, dweight, dbias = torch.ops.dist_llm.layer_norm_backward(dy.contiguous(), *ctx.saved_tensors, _contiguous(dsummed), ctx.with_bias)
     # x and residual enter as a sum, so one gradient is both's.
     return dx, dx, dweight, dbias if ctx.with_bias else None, None
 

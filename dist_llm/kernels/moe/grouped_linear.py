@@ -48,7 +48,7 @@ def _linear_by_group(rows: torch.Tensor, counts: torch.Tensor, weight: torch.Ten
     for expert, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         if end > begin:
             torch.mm(rows[begin:end], weight[expert].t(), out=out[begin:end])
-    out[ends[-1] :].zero_()
+    out[ends[-1] if ends else 0 :].zero_()
     return out
 
 
@@ -66,7 +66,7 @@ def _backward_by_group(
         elif needs_weight:
             dweight[expert].zero_()
     if needs_rows:
-        drows[ends[-1] :].zero_()
+        drows[ends[-1] if ends else 0 :].zero_()
     return drows, dweight
 
 

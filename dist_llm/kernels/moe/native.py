@@ -41,19 +41,12 @@ Grads = tuple[torch.Tensor | None, ...]
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels of permute and unpermute cannot run, or None. Loads the extension at the first call."""
-    return _why_not("moe_permute", device, dtype)
+    return why_no_kernel("moe_permute", device, dtype)
 
 
 def why_not_native_route(device: torch.device, dtype: torch.dtype) -> str | None:
     """The same of the choice of experts; ``dtype`` is that of the logits."""
-    return _why_not("moe_route", device, dtype)
-
-
-def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    if dtype not in supported:
-        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
-    return why_no_kernel(op, device)
+    return why_no_kernel("moe_route", device, dtype)
 
 
 def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -223,6 +216,9 @@ def moe_permute_native(
 
     Returns:
         rows (T * top_k, H), dtype of x, differentiable; source (T * top_k,), counts (E,) and offsets (E + 1,) in int32.
+
+    Raises:
+        RuntimeError: the shapes or dtypes do not fit, or (on CPU) an expert is out of range; the message names it.
     """
     sorted_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
     sorted_rows = torch.ops.dist_llm.moe_permute(x.contiguous(), experts.contiguous(), num_experts)

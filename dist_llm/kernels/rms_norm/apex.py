@@ -5,37 +5,16 @@ Apex adds no residual, so that form is an addition and the norm. With fp32 weigh
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import ModuleType
-
 import torch
 
+from dist_llm.kernels.apex import load_apex, why_no_apex
+
 __all__ = ["rms_norm_apex", "rms_norm_residual_apex", "why_not_apex"]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@functools.cache
-def load_apex() -> tuple[ModuleType | None, str]:
-    """Apex's functions, and why not when they are None. Apex installs without its extension and then fails at the first call."""
-    try:
-        importlib.import_module("fused_layer_norm_cuda")
-        functions = importlib.import_module("apex.normalization.fused_layer_norm")
-    except ImportError as error:
-        return None, f"apex with its fused_layer_norm_cuda extension cannot be imported: {error}"
-    missing = [name for name in ("fused_rms_norm_affine", "mixed_dtype_fused_rms_norm_affine") if not hasattr(functions, name)]
-    return (None, f"this apex is too old: it has no {missing[0]}") if missing else (functions, "")
 
 
 def why_not_apex(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why apex cannot be used, or None."""
-    if device.type != "cuda":
-        return f"apex runs on NVIDIA GPUs, not on {device.type}"
-    if dtype not in DTYPES:
-        return f"apex takes {', '.join(map(str, DTYPES))}, not {dtype}"
-    functions, reason = load_apex()
-    return reason if functions is None else None
+    return why_no_apex("rms_norm", device, dtype)
 
 
 def rms_norm_apex(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -52,7 +31,7 @@ def rms_norm_apex(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     Raises:
         ValueError: apex is not installed.
     """
-    functions, reason = load_apex()
+    functions, reason = load_apex("rms_norm")
     if functions is None:
         raise ValueError(f"kernels.rms_norm = apex: {reason}")
     fn = functions.fused_rms_norm_affine if weight.dtype == x.dtype else functions.mixed_dtype_fused_rms_norm_affine

@@ -28,10 +28,7 @@ Grads = tuple[torch.Tensor | None, ...]
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run, or None. Loads the extension at the first call."""
-    supported = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    if dtype not in supported:
-        return f"on {device.type} it takes {', '.join(map(str, supported))}, not {dtype}"
-    return why_no_kernel("rms_norm", device)
+    return why_no_kernel("rms_norm", device, dtype)
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Tensors:
@@ -58,10 +55,16 @@ def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     _, _, weight, _ = inputs
     _, summed, rstd = output
     ctx.save_for_backward(summed, weight, rstd)
+    # A result nobody used sends None instead of a tensor of zeros as large as x.
+    ctx.set_materialize_grads(False)
 
 
 # Gradients can arrive with any strides (that of a sum is one number, repeated), the kernels want them contiguous.
 # rstd is for backward only; nothing flows through it.
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def _backward(ctx: Any, dy: torch.Tensor, drstd: torch.Tensor | None) -> Grads:
@@ -71,10 +74,12 @@ def _backward(ctx: Any, dy: torch.Tensor, drstd: torch.Tensor | None) -> Grads:
     return dx, dweight, None
 
 
-def _backward_residual(ctx: Any, dy: torch.Tensor, dsummed: torch.Tensor, drstd: torch.Tensor | None) -> Grads:
+def _backward_residual(ctx: Any, dy: torch.Tensor | None, dsummed: torch.Tensor | None, drstd: torch.Tensor | None) -> Grads:
     del drstd
+    if dy is None:
+        return dsummed, dsummed, None, None
     summed, weight, rstd = ctx.saved_tensors
-    dx, dweight = torch.ops.dist_llm.rms_norm_backward(dy.contiguous(), summed, weight, rstd, dsummed.contiguous())
+    dx, dweight = torch.ops.dist_llm.rms_norm_backward(dy.contiguous(), summed, weight, rstd, _contiguous(dsummed))
     # x and residual enter as a sum, so one gradient is both's.
     return dx, dx, dweight, None
 
@@ -96,6 +101,9 @@ def rms_norm_native(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
 
     Returns:
         (..., D), dtype of x.
+
+    Raises:
+        RuntimeError: a shape or a dtype is none of these; the message names it.
     """
     y: torch.Tensor = torch.ops.dist_llm.rms_norm(x.contiguous(), weight, eps)[0]
     return y
@@ -114,6 +122,9 @@ def rms_norm_residual_native(
 
     Returns:
         (..., D) and (..., D), dtype of x.
+
+    Raises:
+        RuntimeError: a shape or a dtype is none of these; the message names it.
     """
     y, summed, _ = torch.ops.dist_llm.rms_norm_residual(x.contiguous(), residual.contiguous(), weight, eps)
     return y, summed
