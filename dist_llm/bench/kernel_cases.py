@@ -11,6 +11,7 @@ KERNEL_CASES = {
     "attention": "causal attention forward and backward",
     "attention_window": "sliding window and packed documents against attention with a mask tensor",
     "cross_entropy": "softmax cross-entropy forward and backward",
+    "linear": "linear layers and the gradients of their weights",
     "linear_cross_entropy": "output layer and cross-entropy without all logits",
     "activation": "gelu with bias, and swiglu",
     "dropout": "dropout by logical position",

@@ -234,7 +234,7 @@ class LogConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Implementation of each fused op: auto takes the first that can run, a name runs or fails with the reason."""
+    """Implementation of each fused op: auto takes the first that can run and has run on such a device before, a name runs or fails with the reason."""
 
     activation: Literal["auto", "native", "reference"] = Field("auto", description="gelu and swiglu.")
     adamw: Literal["auto", "native", "torch", "reference"] = Field(
