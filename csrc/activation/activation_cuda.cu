@@ -172,7 +172,7 @@ __device__ inline void activate_columns(const Args<S, W>& args, int64_t i) {
 }
 
 template <int N, bool is_fast, class S, class W>
-__global__ void activation_kernel(const Args<S, W> args) {
+__global__ void __launch_bounds__(kThreads) activation_kernel(const Args<S, W> args) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (i + N <= args.dim) {
     activate_columns<N, is_fast>(args, i);
@@ -184,7 +184,8 @@ __global__ void activation_kernel(const Args<S, W> args) {
 
 // result[i] = sum over parts of sums[part * stride + i].
 template <class W>
-__global__ void add_parts_kernel(const float* __restrict__ sums, W* __restrict__ result, int64_t parts, int64_t stride, int64_t dim) {
+__global__ void __launch_bounds__(kColumns * kStrips) add_parts_kernel(
+    const float* __restrict__ sums, W* __restrict__ result, int64_t parts, int64_t stride, int64_t dim) {
   __shared__ float strips[kStrips][kColumns];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   float sum = 0.f;

@@ -35,6 +35,8 @@ using attention_cuda::kThreads;
 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int kRangesThreads = 256;
+// Head dims over 128 take more shared memory than sm_86, sm_89 and sm_120 have.
+constexpr const char* kInstead = "a head dim of at most 128 needs less, and kernels.attention: sdpa takes any";
 
 struct Ranges {
   Tensor ends;  // (rows, queries, 2), int32
@@ -160,12 +162,12 @@ std::tuple<Tensor, Tensor> attention_cuda_forward(
       constexpr int kDim = decltype(dim)::value;
       if constexpr (std::is_same_v<S, float>) {
         const auto kernel = attention_cuda::forward_fp32_kernel<kDim>;
-        allow_dynamic_shared(kernel, attention_cuda::kForwardBytes32<kDim>);
+        allow_dynamic_shared(kernel, attention_cuda::kForwardBytes32<kDim>, kInstead);
         const int64_t blocks = tiles_of(shape.num_queries, attention_cuda::kRows32) * shape.heads * shape.batch;
         DL_LAUNCH(kernel, grid_of(blocks), kThreads, attention_cuda::kForwardBytes32<kDim>, stream, args);
       } else {
         const auto kernel = attention_cuda::forward_kernel<kDim, S>;
-        allow_dynamic_shared(kernel, attention_cuda::kForwardBytes<kDim>);
+        allow_dynamic_shared(kernel, attention_cuda::kForwardBytes<kDim>, kInstead);
         const int64_t blocks = tiles_of(shape.num_queries, attention_cuda::kQueries) * shape.heads * shape.batch;
         DL_LAUNCH(kernel, grid_of(blocks), kThreads, attention_cuda::kForwardBytes<kDim>, stream, args);
       }
@@ -193,16 +195,16 @@ void run_backward(const BackwardArgs<S>& args, const Shape& shape, cudaStream_t 
     constexpr int kBytes = attention_cuda::kBackwardBytes32<kDim>, kRows = attention_cuda::kRows32;
     const auto of_queries = attention_cuda::backward_q_fp32_kernel<kDim>;
     const auto of_keys = attention_cuda::backward_kv_fp32_kernel<kDim>;
-    allow_dynamic_shared(of_queries, kBytes);
-    allow_dynamic_shared(of_keys, kBytes);
+    allow_dynamic_shared(of_queries, kBytes, kInstead);
+    allow_dynamic_shared(of_keys, kBytes, kInstead);
     DL_LAUNCH(of_queries, grid_of(tiles_of(shape.num_queries, kRows) * shape.heads * shape.batch), kThreads, kBytes, stream, args);
     DL_LAUNCH(of_keys, grid_of(tiles_of(shape.num_keys, kRows) * shape.kv_heads * shape.batch), kThreads, kBytes, stream, args);
   } else {
     constexpr int kBytes = attention_cuda::kBackwardBytes<kDim>;
     const auto of_queries = attention_cuda::backward_q_kernel<kDim, S>;
     const auto of_keys = attention_cuda::backward_kv_kernel<kDim, S>;
-    allow_dynamic_shared(of_queries, kBytes);
-    allow_dynamic_shared(of_keys, kBytes);
+    allow_dynamic_shared(of_queries, kBytes, kInstead);
+    allow_dynamic_shared(of_keys, kBytes, kInstead);
     const int64_t query_blocks = tiles_of(shape.num_queries, attention_cuda::kQueries) * shape.heads * shape.batch;
     const int64_t key_blocks = tiles_of(shape.num_keys, attention_cuda::kKeys) * shape.kv_heads * shape.batch;
     const unsigned parts = static_cast<unsigned>(tiles_of(shape.head_dim, attention_cuda::kOwnColumns<kDim>));

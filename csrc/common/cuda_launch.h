@@ -16,6 +16,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 
@@ -69,9 +70,15 @@ inline cudaStream_t current_stream(int32_t device_index) {
 
 #endif
 
-// Lets a kernel have up to `bytes` of dynamic shared memory: more than 48 KiB has to be asked for.
+// Lets a kernel have up to `bytes` of dynamic shared memory: more than 48 KiB has to be asked for, and chips differ in what they have
+// (KiB of a block: sm_80 163, sm_86, sm_89 and sm_120 99, sm_90 and sm_100 227). `instead`: what to do on one that has less.
 template <class Kernel>
-void allow_dynamic_shared(Kernel* kernel, int bytes) {
+void allow_dynamic_shared(Kernel* kernel, int bytes, const char* instead = "take another implementation of the op in the section kernels") {
+  int device = 0, most = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_TORCH_CHECK(
+      bytes <= most, "this kernel needs ", bytes, " bytes of shared memory in a block, and this GPU has ", most, "; ", instead);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 

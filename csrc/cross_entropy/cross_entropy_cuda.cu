@@ -26,6 +26,7 @@ namespace {
 
 using cross_entropy::Shape;
 
+constexpr int kMaxThreads = 1024;
 constexpr int kLossThreads = 1024;
 
 template <class S>
@@ -150,7 +151,7 @@ __device__ inline int64_t column_of(int64_t target, int64_t vocab_start, int64_t
 }
 
 template <class S>
-__global__ void forward_kernel(const ForwardArgs<S> args) {
+__global__ void __launch_bounds__(kMaxThreads) forward_kernel(const ForwardArgs<S> args) {
   __shared__ double scratch[32];
   __shared__ double row_factor;
   const int64_t row = blockIdx.x, target = args.targets[row];
@@ -201,7 +202,8 @@ __global__ void forward_kernel(const ForwardArgs<S> args) {
 }
 
 // The rows in order, a part of them each thread, the parts in order.
-__global__ void add_losses_kernel(const double* __restrict__ losses, float* __restrict__ loss, int64_t rows) {
+__global__ void __launch_bounds__(kLossThreads) add_losses_kernel(
+    const double* __restrict__ losses, float* __restrict__ loss, int64_t rows) {
   __shared__ double scratch[32];
   double sum = 0.;
   for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) sum += losses[row];
@@ -210,7 +212,7 @@ __global__ void add_losses_kernel(const double* __restrict__ losses, float* __re
 }
 
 template <class S>
-__global__ void backward_kernel(const BackwardArgs<S> args) {
+__global__ void __launch_bounds__(kMaxThreads) backward_kernel(const BackwardArgs<S> args) {
   __shared__ double row_factor;
   const int64_t row = blockIdx.x, target = args.targets[row];
   const S* x = args.logits + row * args.vocab;
@@ -231,10 +233,10 @@ __global__ void backward_kernel(const BackwardArgs<S> args) {
   write_gradient(x, dx, args.vocab, args.packs, max, row_factor, column_of(target, args.vocab_start, args.vocab), dloss);
 }
 
-// Threads for a row: whole warps, at most 1024.
+// Threads for a row: whole warps, at most kMaxThreads.
 unsigned threads_for(int64_t vocab, int64_t element_size) {
   const int64_t packs = (vocab * element_size + 15) / 16;
-  return static_cast<unsigned>(std::min<int64_t>(1024, (packs + 31) / 32 * 32));
+  return static_cast<unsigned>(std::min<int64_t>(kMaxThreads, (packs + 31) / 32 * 32));
 }
 
 // Where a forward pass leaves its results; null: not wanted.

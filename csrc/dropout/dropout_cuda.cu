@@ -32,7 +32,11 @@ __global__ void dropout_kernel(
   for (int j = 0; j < N; ++j) sum[j] = 0.f;
   if (residual != nullptr) load_floats<N>(residual + start, sum);
 #pragma unroll
-  for (int j = 0; j < N; ++j) value[j] = (keep >> j & 1u) != 0 ? sum[j] + value[j] * mask.scale : sum[j];
+  for (int j = 0; j < N; ++j) {
+    // Product and sum are rounded one after the other, as the reference rounds them: a fused multiply-add would give other bits.
+    const float scaled = (keep >> j & 1u) != 0 ? __fmul_rn(value[j], mask.scale) : 0.f;
+    value[j] = residual == nullptr ? scaled : __fadd_rn(sum[j], scaled);
+  }
   store_floats<N>(y + start, value);
 }
 

@@ -77,7 +77,7 @@ __global__ void count_kernel(
 }
 
 // counts becomes its running sum, each number without itself. One block; a thread takes `count / kScanThreads` neighbours.
-__global__ void scan_kernel(int32_t* __restrict__ counts, int64_t count) {
+__global__ void __launch_bounds__(kScanThreads) scan_kernel(int32_t* __restrict__ counts, int64_t count) {
   __shared__ int32_t sums[kScanThreads];
   const int64_t each = (count + kScanThreads - 1) / kScanThreads;
   const int64_t first = threadIdx.x * each, last = first + each < count ? first + each : count;

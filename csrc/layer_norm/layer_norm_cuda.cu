@@ -27,13 +27,14 @@ namespace {
 
 using layer_norm::Shape;
 
+constexpr int kMaxThreads = 1024;
 constexpr int64_t kMaxParts = 512;
 constexpr int kMaxSharedBytes = 96 * 1024;  // opt-in shared memory that sm_80 and all later chips of this line have
 constexpr int kColumns = 32;                // columns and strips of parts of one block of add_partials_kernel
 constexpr int kStrips = 32;
 
 template <int N, class S, class W>
-__global__ void forward_kernel(
+__global__ void __launch_bounds__(kMaxThreads) forward_kernel(
     const S* __restrict__ x, const S* __restrict__ residual, const W* __restrict__ weight, const W* __restrict__ bias, S* __restrict__ y,
     S* __restrict__ summed, float* __restrict__ mean, float* __restrict__ rstd, int64_t dim, float eps) {
   __shared__ float scratch[32];
@@ -85,7 +86,7 @@ __global__ void forward_kernel(
 }
 
 template <int N, class S, class W>
-__global__ void backward_kernel(
+__global__ void __launch_bounds__(kMaxThreads) backward_kernel(
     const S* __restrict__ dy, const S* __restrict__ x, const W* __restrict__ weight, const float* __restrict__ mean,
     const float* __restrict__ rstd, const S* __restrict__ dsummed, S* __restrict__ dx, float* __restrict__ partials, int64_t rows,
     int64_t dim, int64_t padded_dim, bool sum_in_shared) {
@@ -155,7 +156,7 @@ __global__ void backward_kernel(
 
 // blockIdx.y 0: dweight; 1: dbias.
 template <class W>
-__global__ void add_partials_kernel(
+__global__ void __launch_bounds__(kColumns * kStrips) add_partials_kernel(
     const float* __restrict__ partials, W* __restrict__ dweight, W* __restrict__ dbias, int64_t parts, int64_t dim, int64_t padded_dim) {
   __shared__ float strips[kStrips][kColumns];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
@@ -172,10 +173,10 @@ __global__ void add_partials_kernel(
   from_float(total, (blockIdx.y == 0 ? dweight : dbias) + column);
 }
 
-// Threads for a row of `dim` elements in packs of `pack`: whole warps, at most 1024.
+// Threads for a row of `dim` elements in packs of `pack`: whole warps, at most kMaxThreads.
 unsigned threads_for(int64_t dim, int pack) {
   const int64_t packs = (dim + pack - 1) / pack;
-  return static_cast<unsigned>(std::min<int64_t>(1024, (packs + 31) / 32 * 32));
+  return static_cast<unsigned>(std::min<int64_t>(kMaxThreads, (packs + 31) / 32 * 32));
 }
 
 struct ForwardResult {
@@ -190,6 +191,7 @@ ForwardResult run_forward(
   const Shape shape = layer_norm::check_input(x, weight);
   layer_norm::check_bias(bias, weight);
   if (residual != nullptr) layer_norm::check_like_x(*residual, x, "residual");
+  STD_TORCH_CHECK(shape.rows < (int64_t{1} << 31), "x ", shape_of(x), " has too many rows for one launch; divide it");
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x.get_device_index());
   ForwardResult result{torch::stable::empty_like(x), layer_norm::new_row_numbers(x), layer_norm::new_row_numbers(x)};

@@ -28,6 +28,7 @@ namespace {
 
 using moe::PermuteShape;
 
+constexpr int kMaxThreads = 1024;
 constexpr int64_t kWarps = 8;
 constexpr int64_t kSlotsPerBlock = 2048;
 constexpr int64_t kMaxParts = 512;
@@ -143,7 +144,7 @@ __global__ void scatter_kernel(
 }
 
 template <int N, class S>
-__global__ void copy_kernel(
+__global__ void __launch_bounds__(kMaxThreads) copy_kernel(
     const S* __restrict__ x, const int32_t* __restrict__ experts, int num_experts, const int32_t* __restrict__ row_of_slot,
     S* __restrict__ rows, int64_t top_k, int64_t width) {
   const int64_t token = blockIdx.x;
@@ -170,7 +171,7 @@ __global__ void invert_kernel(const int32_t* __restrict__ source, int32_t* __res
 }
 
 template <int N, class S>
-__global__ void combine_kernel(
+__global__ void __launch_bounds__(kMaxThreads) combine_kernel(
     const S* __restrict__ rows, const int32_t* __restrict__ row_of_slot, const float* __restrict__ weights, S* __restrict__ result,
     int64_t top_k, int64_t width) {
   const int64_t token = blockIdx.x;
@@ -190,7 +191,7 @@ __global__ void combine_kernel(
 }
 
 template <int N, class S>
-__global__ void spread_kernel(
+__global__ void __launch_bounds__(kMaxThreads) spread_kernel(
     const S* __restrict__ dout, const S* __restrict__ rows, const int32_t* __restrict__ source, const float* __restrict__ weights,
     S* __restrict__ drows, float* __restrict__ dweights, int64_t slots, int64_t top_k, int64_t width) {
   __shared__ float scratch[32];
@@ -219,7 +220,8 @@ __global__ void spread_kernel(
 }
 
 template <class S>
-__global__ void zero_rest_kernel(S* __restrict__ rows, const int32_t* __restrict__ counts, int groups, int64_t num_rows, int64_t width) {
+__global__ void __launch_bounds__(kMaxThreads) zero_rest_kernel(
+    S* __restrict__ rows, const int32_t* __restrict__ counts, int groups, int64_t num_rows, int64_t width) {
   __shared__ int64_t shared_first[1];
   if (threadIdx.x < 32) {
     int64_t sum = 0;
@@ -233,10 +235,10 @@ __global__ void zero_rest_kernel(S* __restrict__ rows, const int32_t* __restrict
   }
 }
 
-// Threads for a row of `width` elements in packs of `pack`: whole warps, at most 1024.
+// Threads for a row of `width` elements in packs of `pack`: whole warps, at most kMaxThreads.
 unsigned threads_for(int64_t width, int pack) {
   const int64_t packs = (width + pack - 1) / pack;
-  return static_cast<unsigned>(std::min<int64_t>(1024, (packs + 31) / 32 * 32));
+  return static_cast<unsigned>(std::min<int64_t>(kMaxThreads, (packs + 31) / 32 * 32));
 }
 
 // The row of each slot, -1 where it has none.

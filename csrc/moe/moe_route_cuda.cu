@@ -90,7 +90,7 @@ __device__ inline float best_two(const float* values, int n) {
 }
 
 template <class S>
-__global__ void route_kernel(
+__global__ void __launch_bounds__(32 * kWarps) route_kernel(
     const S* __restrict__ logits, const float* __restrict__ bias, float* __restrict__ weights, int32_t* __restrict__ chosen,
     float* __restrict__ probabilities, int32_t* __restrict__ counts, int64_t tokens, int experts, Options options) {
   DL_DYNAMIC_SHARED(float, shared);
@@ -180,7 +180,7 @@ __global__ void route_kernel(
 }
 
 template <class S>
-__global__ void route_backward_kernel(
+__global__ void __launch_bounds__(32 * kWarps) route_backward_kernel(
     const float* __restrict__ dweights, const float* __restrict__ dprobabilities, const float* __restrict__ weights,
     const int32_t* __restrict__ chosen, const float* __restrict__ probabilities, S* __restrict__ dlogits, int64_t tokens, int experts,
     int top_k, bool sigmoid, bool normalize, float scale) {

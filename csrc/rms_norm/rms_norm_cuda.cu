@@ -26,13 +26,14 @@ namespace {
 
 using rms_norm::Shape;
 
+constexpr int kMaxThreads = 1024;
 constexpr int64_t kMaxParts = 512;
 constexpr int kMaxSharedBytes = 96 * 1024;  // opt-in shared memory that sm_80 and all later chips of this line have
 constexpr int kColumns = 32;                // columns and strips of parts of one block of add_partials_kernel
 constexpr int kStrips = 32;
 
 template <int N, class S, class W>
-__global__ void forward_kernel(
+__global__ void __launch_bounds__(kMaxThreads) forward_kernel(
     const S* __restrict__ x, const S* __restrict__ residual, const W* __restrict__ weight, S* __restrict__ y, S* __restrict__ summed,
     float* __restrict__ rstd, int64_t dim, float eps) {
   __shared__ float scratch[32];
@@ -68,7 +69,7 @@ __global__ void forward_kernel(
 }
 
 template <int N, class S, class W>
-__global__ void backward_kernel(
+__global__ void __launch_bounds__(kMaxThreads) backward_kernel(
     const S* __restrict__ dy, const S* __restrict__ x, const W* __restrict__ weight, const float* __restrict__ rstd,
     const S* __restrict__ dsummed, S* __restrict__ dx, float* __restrict__ partials, int64_t rows, int64_t dim, bool sum_in_shared) {
   DL_DYNAMIC_SHARED(float, shared_sum);
@@ -122,7 +123,8 @@ __global__ void backward_kernel(
 }
 
 template <class W>
-__global__ void add_partials_kernel(const float* __restrict__ partials, W* __restrict__ dweight, int64_t parts, int64_t dim) {
+__global__ void __launch_bounds__(kColumns * kStrips) add_partials_kernel(
+    const float* __restrict__ partials, W* __restrict__ dweight, int64_t parts, int64_t dim) {
   __shared__ float strips[kStrips][kColumns];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   float sum = 0.f;
@@ -137,15 +139,16 @@ __global__ void add_partials_kernel(const float* __restrict__ partials, W* __res
   from_float(total, dweight + column);
 }
 
-// Threads for a row of `dim` elements in packs of `pack`: whole warps, at most 1024.
+// Threads for a row of `dim` elements in packs of `pack`: whole warps, at most kMaxThreads.
 unsigned threads_for(int64_t dim, int pack) {
   const int64_t packs = (dim + pack - 1) / pack;
-  return static_cast<unsigned>(std::min<int64_t>(1024, (packs + 31) / 32 * 32));
+  return static_cast<unsigned>(std::min<int64_t>(kMaxThreads, (packs + 31) / 32 * 32));
 }
 
 void run_forward(
     const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, Tensor& y, Tensor* summed, Tensor& rstd, Shape shape) {
   if (shape.rows == 0) return;
+  STD_TORCH_CHECK(shape.rows < (int64_t{1} << 31), "x ", shape_of(x), " has too many rows for one launch; divide it");
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x.get_device_index());
   with_types(x, weight, "rms_norm", [&](auto s, auto w) {
