@@ -98,6 +98,7 @@ PERMUTE_SIZES = {
     "all dropped": Routed(4, 8, 2, 3, "none"),
     "several parts": Routed(1500, 32, 2, 16),
     "many experts": Routed(40, 136, 4, 300),
+    "blocks of 1024 threads": Routed(2, 8192, 2, 3),
 }
 PERMUTE_GPU_SIZES = {
     "tokens of a model": Routed(20000, 2048, 8, 256),
