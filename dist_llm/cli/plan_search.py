@@ -157,7 +157,7 @@ def _ask(args: argparse.Namespace, fleet: Fleet) -> tuple[Question, Search]:
             limit_bytes=args.limit_bytes,
         )
     question = _question(args, fleet.gpus, seconds)
-    search = Search(question.model, fleet.gpus, fleet.cluster, question.batch_size, question.precision, args.limit_bytes)
+    search = Search(question.model, fleet.gpus, fleet.cluster, question.batch_size, question.precision, args.limit_bytes, question.kernels)
     if seconds is not None and args.flops is None and not question.tokens_said and (best := search.best(1)):
         # Nobody said how many tokens: as many as the time allows.
         tokens = tokens_in_time(seconds, best[0].step.total_s, question.batch_size, question.model.seq_len)
@@ -233,7 +233,7 @@ def _no(args: argparse.Namespace, fleet: Fleet, question: Question, search: Sear
 
     found = smallest_cluster(
         question.model, fleet.cluster, question.batch_size, question.tokens, question.seconds,
-        precision=question.precision, limit_bytes=args.limit_bytes,
+        precision=question.precision, limit_bytes=args.limit_bytes, kernels=question.kernels,
     )  # fmt: skip
     plans = {"fits": found.fits, "in_time": found.in_time if question.seconds is not None else None, "fastest": found.fastest}
     rows = {
@@ -264,7 +264,8 @@ def _table(args: argparse.Namespace) -> int:
     question = _question(args, 1, _seconds(args))
     answer = summary(question)
     answer["device"] = cluster.device
-    plans = over_counts(question.model, cluster, question.batch_size, precision=question.precision, limit_bytes=args.limit_bytes)
+    asked = {"precision": question.precision, "limit_bytes": args.limit_bytes, "kernels": question.kernels}
+    plans = over_counts(question.model, cluster, question.batch_size, **asked)
     answer["layouts"] = [describe(plan, question.model, cluster, question.tokens, args.job_hours) for _, plan in plans if plan is not None]
     limit_h = question.seconds / 3600 if question.seconds is not None else None
     in_time = [row for row in answer["layouts"] if limit_h is None or row["hours"] <= limit_h]
@@ -280,7 +281,8 @@ def _draw(args: argparse.Namespace, cluster: Cluster, question: Question) -> Non
     from dist_llm.planning.scaling_plot import draw_scaling
 
     try:
-        draw_scaling(question.model, cluster, question.batch_size, args.plot, precision=question.precision, limit_bytes=args.limit_bytes)
+        asked = {"precision": question.precision, "limit_bytes": args.limit_bytes, "kernels": question.kernels}
+        draw_scaling(question.model, cluster, question.batch_size, args.plot, **asked)
     except OSError as error:
         raise StorageError(f"cannot write {args.plot}: {error.strerror or error}") from None
     print(f"drew {args.plot}", file=sys.stderr)

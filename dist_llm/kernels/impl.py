@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 
+from dist_llm.planning.implementations import NEVER_RUN  # the plan has to know it, without torch
 from dist_llm.utils.errors import ConfigError
 
 __all__ = ["NEVER_RUN", "Impl", "WhyNot", "always", "select"]
 
 WhyNot = Callable[[torch.device, torch.dtype], str | None]
-
-# Kind of device -> implementations that compile, and pass their tests in an emulator or against a stub, but have never run on one. `auto`
-# passes over them there; asked for by name they run. Whoever has run `pytest -m gpu` green takes the names out.
-NEVER_RUN = {"cuda": frozenset({"native", "flash_attn", "apex"})}
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def describe(plan: Plan, model: ModelShape, cluster: Cluster, tokens: float, job
     layout, step = plan.layout, plan.step
     costs = costs_of(plan, model, cluster, tokens, job_hours)
     parts = {name: getattr(step, name) for name in ("compute_s", "bubble_s", "optimizer_s", "straggler_s")}
-    stages = [memory_of(model, layout, precision=layout.precision, stage=stage) for stage in range(layout.pp)]
+    stages = [memory_of(model, layout, precision=layout.precision, stage=stage, saving=plan.saving) for stage in range(layout.pp)]
     return {
         "layout": layout_name(layout),
         "gpus": layout.ranks,

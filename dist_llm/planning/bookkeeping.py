@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
-from dist_llm.planning.activations import Saving
+from dist_llm.planning.saving import Saving
 
 __all__ = ["OURS", "Bookkeeping", "published_bookkeeping"]
 
@@ -43,7 +43,7 @@ OURS = Bookkeeping(own=True, even_stages=False)
 
 # Transformer Engine and Megatron-LM: gate and product in one kernel.
 _FUSED = Saving(gathers_again=True, gated_tensors=3)
-_UNFUSED = Saving(fused_attention=False, gathers_again=True, dropout=True)  # before 2023: scores are written, and dropped
+_UNFUSED = Saving(attention="scores", gathers_again=True, dropout=True)  # before 2023: scores are written, and dropped
 _COMPILED = Saving(gathers_again=True, gated_tensors=2)  # torch.compile saves results of products and makes the rest again
 
 
@@ -82,7 +82,7 @@ def _fully_sharded(key: str, note: str, eight_bits: int | None, fused: bool) -> 
     compiled = re.search(r"no torch\.compile|eager|compile=no\b|compile=false", note) is None and "foundry" not in key
     saving = _COMPILED if compiled else Saving(gathers_again=True, gated_tensors=4)
     if not fused:
-        saving = replace(saving, fused_attention=False)
+        saving = replace(saving, attention="scores")
     if "titan" in key:
         saving = replace(saving, selective="half")  # every second product is kept (torchtitan, parallelize_llama.py)
     elif any(name in key for name in ("pax", "maxtext", "kempner")):

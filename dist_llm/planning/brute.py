@@ -12,6 +12,7 @@ from dist_llm.planning.cluster import Cluster
 from dist_llm.planning.layout_shape import LayoutShape
 from dist_llm.planning.legality import Legality
 from dist_llm.planning.rank_memory import memory_of
+from dist_llm.planning.saving import AUTO, saving_of
 from dist_llm.planning.search import Plan
 from dist_llm.planning.shapes import ModelShape
 from dist_llm.planning.space import RECOMPUTE
@@ -27,6 +28,7 @@ def all_plans(
     legality = Legality(model, batch_size, precision)
     limit = cluster.memory_bytes if limit_bytes is None else limit_bytes
     sizes = range(1, gpus + 1)
+    saving = saving_of(AUTO, model, cluster.kind, precision)
     plans = []
     for tp, pp, cp in itertools.product(sizes, sizes, sizes):
         if gpus % (tp * pp * cp):
@@ -44,7 +46,7 @@ def all_plans(
             )  # fmt: skip
             if legality.refusal(layout) is not None:
                 continue
-            memory = memory_of(model, layout, precision=precision)
+            memory = memory_of(model, layout, precision=precision, saving=saving)
             if memory.total <= limit:
-                plans.append(Plan(layout, trainer_step(model, layout, cluster), memory))
+                plans.append(Plan(layout, trainer_step(model, layout, cluster), memory, saving))
     return sorted(plans, key=lambda plan: plan.key)

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from dist_llm.planning.implementations import Device
 from dist_llm.utils.errors import ConfigError
 
 __all__ = ["Cluster", "cluster_names", "load_cluster"]
@@ -52,6 +53,11 @@ class Cluster:
     nvlink_latency: float
     network_latency: float
     launch: float  # from one kernel to the next
+
+    @property
+    def kind(self) -> Device:
+        """What torch calls such a device; it decides which kernels a run takes."""
+        return "cpu" if self.generation == "cpu" else "cuda"
 
     def peak(self, precision: str) -> float:
         """Dense FLOP/s of ``precision``; a format that the device lacks runs as the next wider one it has."""

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 
 from dist_llm.config.schema import ModelConfig
+from dist_llm.planning.shapes import attended
 
-__all__ = ["ParamCount", "attended_tokens", "count_params", "flops_per_token", "parameter_shapes"]
+__all__ = ["ParamCount", "count_params", "flops_per_token", "parameter_shapes"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,6 @@ def count_params(model: ModelConfig) -> ParamCount:
     )
 
 
-def attended_tokens(model: ModelConfig, layer: int, seq_len: int) -> float:
-    """Twice the tokens that a token of ``layer`` sees on average, in a row of ``seq_len``: the whole row where there is no window."""
-    window = min(model.layer_window(layer) or seq_len, seq_len)
-    # The first `window` tokens see fewer. Half a token a row is left out, as it is in T / 2 of the causal half.
-    return window * (2 - window / seq_len)
-
-
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Training FLOPs per token, forward and backward, two per multiply-add; the backward is twice the forward.
 
@@ -89,5 +83,5 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     shapes = parameter_shapes(model)
     matrices = sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and name.startswith("blocks."))
     head = model.vocab_size * model.d_model
-    attention = model.num_heads * model.head_size * sum(attended_tokens(model, layer, seq_len) for layer in range(model.num_layers))
+    attention = model.num_heads * model.head_size * sum(attended(model.layer_window(layer), seq_len) for layer in range(model.num_layers))
     return 6.0 * (matrices + head) + 6.0 * attention

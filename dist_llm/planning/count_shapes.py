@@ -96,7 +96,7 @@ def flops_of_token(shape: ModelShape, *, recompute: Recompute = "none", causal: 
     """Exact count of the matrix products; element-wise work is left out, and a look-up costs nothing.
 
     The backward pass of a product is two of its size. Attention has two products of head_dim for each of the keys a query sees: T of them,
-    or with kernels that skip the masked half T/2 (``causal``). Selective recomputation repeats attention's two products, full
+    or with kernels that skip the masked half T/2 (``causal``); with a window as many fewer as ``shapes.attended`` says. Selective recomputation repeats attention's two products, full
     recomputation the whole block except that the head is never repeated (Korthikanti et al., arXiv:2205.05198, sections 5 and A).
 
     Narayanan et al. (arXiv:2104.04473, appendix) count the same with ``causal=False``: with full recomputation, F = 4D and heads as wide
@@ -106,8 +106,8 @@ def flops_of_token(shape: ModelShape, *, recompute: Recompute = "none", causal: 
     experts = shape.experts_per_token + shape.shared_experts
     matrices = shape.num_layers * shape.attention_weights + dense * shape.mlp_weights
     matrices += moe * (shape.router_weights + experts * shape.expert_weights)
-    keys = shape.seq_len / 2 if causal else shape.seq_len
-    scores = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * keys  # forward: two products, two FLOPs
+    keys = shape.attended_tokens / 2 if causal else shape.attended_tokens  # of all layers
+    scores = 4.0 * shape.num_heads * shape.head_dim * keys  # forward: two products, two FLOPs
     again = {"none": 0.0, "selective": scores, "full": 2.0 * matrices + scores}[recompute]
     return Flops(weights=6.0 * (matrices + shape.head_weights), attention=3.0 * scores, recompute=again)
 

@@ -135,7 +135,7 @@ def forecast_memory(config: RunConfig, ranks: int, *, plain: bool, on_gpu: bool)
     Raises:
         ValueError: the planner cannot describe the layout.
     """
-    rank = rank_bytes(config, ranks, plain=plain, overlaps=on_gpu)
+    rank = rank_bytes(config, ranks, plain=plain, device="cuda" if on_gpu else "cpu")
     parts = {name: getattr(rank, name) for name in _MEMORY_PARTS}
     left_out = {"slack": "context and allocator, which the measured figure does not contain"}
     if not on_gpu and not plain and config.parallel.zero > 0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dist_llm.planning.answer import num_steps
 from dist_llm.planning.cluster import Cluster
+from dist_llm.planning.saving import AUTO, Kernels
 from dist_llm.planning.search import Plan, Search
 from dist_llm.planning.shapes import ModelShape
 
@@ -36,6 +37,7 @@ def over_counts(
     *,
     precision: str = "bf16",
     limit_bytes: float | None = None,
+    kernels: Kernels = AUTO,
     most: int = MOST_GPUS,
     weak: bool = False,
 ) -> Iterator[tuple[int, Plan | None]]:
@@ -45,7 +47,7 @@ def over_counts(
     """
     for gpus in gpu_counts(most):
         rows = batch_size * gpus if weak else batch_size
-        found = Search(model, gpus, cluster, rows, precision, limit_bytes).best(1)
+        found = Search(model, gpus, cluster, rows, precision, limit_bytes, kernels).best(1)
         yield gpus, found[0] if found else None
 
 
@@ -58,12 +60,13 @@ def smallest_cluster(
     *,
     precision: str = "bf16",
     limit_bytes: float | None = None,
+    kernels: Kernels = AUTO,
     most: int = MOST_GPUS,
 ) -> Smallest:
     """The fewest devices, of powers of two, that hold ``model``, and that read ``tokens`` tokens in ``seconds``."""
     steps = num_steps(tokens, batch_size, model.seq_len)
     fits = fastest = None
-    for _, plan in over_counts(model, cluster, batch_size, precision=precision, limit_bytes=limit_bytes, most=most):
+    for _, plan in over_counts(model, cluster, batch_size, precision=precision, limit_bytes=limit_bytes, kernels=kernels, most=most):
         if plan is None:
             continue
         fits = fits or plan

@@ -116,11 +116,18 @@ def _attention(model: ModelShape, rows: int, tp: int, cp: int, precision: str, s
     wide = "fp32" if precision == "fp32" else "bf16"
     heads, length = model.num_heads / tp, model.seq_len
     if software.attention == "fused":
+        # Layers with a window are spread over the stages as the others are: each counts as the mean of all.
+        share = model.windowed_layers / model.num_layers
 
         def fused(backward: bool) -> float:
-            return attention_seconds(
-                rows / cp, length, heads, model.head_dim, cluster, kernel=software.attention_speed, backward=backward, precision=wide
-            )
+            whole, windowed = (
+                attention_seconds(
+                    rows / cp, length, heads, model.head_dim, cluster,
+                    kernel=software.attention_speed, backward=backward, precision=wide, window=window,
+                )
+                for window in (None, model.window)
+            )  # fmt: skip
+            return (1 - share) * whole + share * windowed
 
         return fused(False), fused(True)
     # Batched products of length x length x head: the masked half is computed too.

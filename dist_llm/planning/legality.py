@@ -30,6 +30,8 @@ def model_config(model: ModelShape) -> ModelConfig:
         activation="swiglu" if model.gated else "gelu",
         bias=model.bias,
         tie_embeddings=model.tied,
+        window=model.window,
+        window_layers=model.window_layers,
     )
 
 

@@ -5,14 +5,15 @@ The arithmetic is that of ``planning.rank_memory``, whose figures are exact for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dist_llm.config.schema import RunConfig
-from dist_llm.planning.activations import OURS as OUR_LAYERS
 from dist_llm.planning.bookkeeping import OURS
 from dist_llm.planning.count import count_params
+from dist_llm.planning.implementations import Device
 from dist_llm.planning.layout_shape import LayoutShape
 from dist_llm.planning.rank_memory import RankBytes, memory_of
+from dist_llm.planning.saving import Kernels, saving_of
 from dist_llm.planning.shapes import from_config
 from dist_llm.planning.stage_tensors import stages_of
 from dist_llm.planning.state_bytes import StateBytes, state_bytes
@@ -36,39 +37,34 @@ class RankMemory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def rank_memory(config: RunConfig, ranks: int, *, plain: bool) -> RankMemory:
+def rank_memory(config: RunConfig, ranks: int, *, plain: bool, device: Device = "cuda") -> RankMemory:
     """What the fullest rank keeps.
 
     Args:
         config: the run.
         ranks: of the launch; data parallelism takes what tp, cp and pp leave of them.
         plain: the plain engine, which divides nothing and keeps only fp32 parameters.
+        device: kind of device of the ranks, which decides what ``kernels.*: auto`` takes.
     """
-    full = rank_bytes(config, ranks, plain=plain)
+    full = rank_bytes(config, ranks, plain=plain, device=device)
     return RankMemory(full.parameters, full.gradients, full.masters + full.optimizer, full.activations, full.logits)
 
 
-def rank_bytes(config: RunConfig, ranks: int, *, plain: bool = False, stage: int | None = None, overlaps: bool = True) -> RankBytes:
-    """All that a rank of ``stage`` (default: the fullest) needs, buffers and slack included; arguments as ``rank_memory``.
-
-    overlaps: communication overlaps the backward, as it does on CUDA.
-    """
-    parallel = config.parallel
-    chosen, norm = config.kernels, config.kernels.rms_norm if config.model.norm == "rms_norm" else config.kernels.layer_norm
-    kernels = (norm, chosen.activation, chosen.attention, chosen.cross_entropy)
+def rank_bytes(config: RunConfig, ranks: int, *, plain: bool = False, stage: int | None = None, device: Device = "cuda") -> RankBytes:
+    """All that a rank of ``stage`` (default: the fullest) needs, buffers and slack included; arguments as ``rank_memory``."""
+    parallel, model = config.parallel, from_config(config.model, config.data.seq_len)
     return memory_of(
-        from_config(config.model, config.data.seq_len),
+        model,
         layout_of(config, ranks, plain=plain),
         precision=config.precision,
         stage=stage,
-        # Without a word in the config the compiled kernels are assumed; all of the plain ones save more.
-        saving=replace(OUR_LAYERS, reference=all(name == "reference" for name in kernels)),
+        saving=saving_of(Kernels.of(config), model, device, config.precision),
         bookkeeping=OURS,
         recompute_layers=parallel.recompute_layers,
         exchanges_heads=parallel.cp_kind == "all_to_all" and not plain,
         offload_optimizer=parallel.offload_optimizer != "none" and not plain,
         offload_parameters=parallel.offload_parameters != "none" and not plain,
-        overlaps=overlaps,
+        overlaps=device == "cuda",  # the engine overlaps communication with the backward there
     )
 
 

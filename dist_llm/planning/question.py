@@ -14,6 +14,7 @@ from dist_llm.planning.amounts import Fleet
 from dist_llm.planning.answer import num_steps
 from dist_llm.planning.count_shapes import ShapeCount, shape_params
 from dist_llm.planning.laws import ChinchillaLaw
+from dist_llm.planning.saving import AUTO, Kernels
 from dist_llm.planning.search import Search
 from dist_llm.planning.shapes import ModelShape
 from dist_llm.utils.errors import ConfigError
@@ -37,6 +38,11 @@ class Question:
     seconds: float | None = None
     config: RunConfig | None = None
     advice: Advice | None = None
+
+    @property
+    def kernels(self) -> Kernels:
+        """What the config asks for; of an advised model, nothing."""
+        return Kernels.of(self.config) if self.config is not None else AUTO
 
     @property
     def flops(self) -> float:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dist_llm.planning.activations import Kept, Saving, kept_for_backward
+from dist_llm.planning.activations import Kept, kept_for_backward
 from dist_llm.planning.bookkeeping import OURS, Bookkeeping
 from dist_llm.planning.in_flight import in_flight
 from dist_llm.planning.layout_shape import LayoutShape
+from dist_llm.planning.saving import AUTO, Saving, saving_of
 from dist_llm.planning.shapes import ModelShape
 from dist_llm.planning.stage_tensors import Stage, StageTensors, stages_of, tensors_of
 from dist_llm.planning.state_bytes import StateBytes, state_bytes
@@ -76,7 +77,7 @@ def memory_of(
         precision: of the computation; fp32, or any other with two bytes an activation.
         stage: number of the pipeline stage; default the fullest.
         bookkeeping: bytes a parameter; default the trainer's own.
-        saving: what layers save; default the bookkeeping's.
+        saving: what layers save; default the bookkeeping's, of the trainer's own what they save on a GPU with nothing said of kernels.
         recompute_layers: blocks of each chunk that the layout's recomputation applies to; default all.
         exchanges_heads: context parallelism exchanges heads for columns, which keeps attention's result twice.
         offload_optimizer: masters, moments and gradient sums are kept on the host.
@@ -88,7 +89,7 @@ def memory_of(
     """
     stages = stages_of(model, layout.pp, layout.virtual_pp, even=bookkeeping.even_stages)
     size = _ELEMENT.get(precision, 2)
-    saving = saving or bookkeeping.saving
+    saving = saving or (saving_of(AUTO, model, "cuda", precision) if bookkeeping.own else bookkeeping.saving)
     if bookkeeping.own and layout.zero == 0:
         saving = _casting(saving)  # the parameters are fp32 there, see engine/deepspeed.py
     kept = kept_for_backward(model, layout, size, saving, exchanges_heads)
@@ -118,7 +119,7 @@ def _candidates(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """Stages of which one is the fullest: of those with equal contents the first, which has most micro-batches in flight."""
     seen: dict[tuple[object, ...], Stage] = {}
     for stage in stages:
-        seen.setdefault((stage.dense, stage.moe, stage.is_first, stage.is_last), stage)
+        seen.setdefault((stage.dense, stage.moe, stage.windowed, stage.is_first, stage.is_last), stage)
     return tuple(seen.values())
 
 
@@ -190,20 +191,23 @@ def _on_stage(
     flights = in_flight(layout.pp, layout.virtual_pp, layout.num_micro, stage.number)
     last_chunk = layout.virtual_pp - 1
     activations = kept.layer_again if not sum(stage.moe) else max(kept.layer_again * bool(sum(stage.dense)), kept.expert_layer_again)
+    if any(stage.windowed):
+        activations += kept.window_again
     logits = 0
     buffers = kept.working
     for chunk, flying in enumerate(flights):
-        dense, moe = stage.dense[chunk], stage.moe[chunk]
-        bytes_of_one = dense * kept.layer + moe * kept.expert_layer + kept.shared
+        dense, moe, windowed = stage.dense[chunk], stage.moe[chunk], stage.windowed[chunk]
+        bytes_of_one = dense * kept.layer + moe * kept.expert_layer + windowed * kept.window + kept.shared
         if recompute_layers is not None:
             whole = max(0, dense + moe - recompute_layers)  # blocks at the end of the chunk that keep everything
             bytes_of_one += min(whole, moe) * (kept.expert_layer_whole - kept.expert_layer)
             bytes_of_one += max(0, whole - moe) * (kept.layer_whole - kept.layer)
+            bytes_of_one += min(whole, windowed) * (kept.window_whole - kept.window)
         if stage.is_first and chunk == 0:
             bytes_of_one += kept.first
         if stage.is_last and chunk == last_chunk:
             bytes_of_one += kept.last + (kept.lent_head if model.tied and not stage.is_first else 0)
-            logits = (flying + 1) * kept.logits  # those in flight, and the gradient of one
+            logits = flying * kept.logits + kept.logits_working  # those in flight, and the gradient of one
         elif layout.pp > 1 and books.keeps_outputs:
             buffers += flying * kept.stream
         activations += flying * bytes_of_one

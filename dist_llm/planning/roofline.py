@@ -36,13 +36,24 @@ def gemm_seconds(m: float, n: float, k: float, cluster: Cluster, precision: str)
 
 
 def attention_seconds(
-    rows: float, seq_len: float, heads: float, head_dim: float, cluster: Cluster, *, kernel: float, backward: bool, precision: str = "bf16"
+    rows: float,
+    seq_len: float,
+    heads: float,
+    head_dim: float,
+    cluster: Cluster,
+    *,
+    kernel: float,
+    backward: bool,
+    precision: str = "bf16",
+    window: int | None = None,
 ) -> float:
     """Seconds of fused causal attention: 4 T^2/2 H multiply-adds' FLOPs a head and row, five products backward for two forward.
 
-    kernel: speed of the kernel in use relative to the best published one for this device.
+    kernel: speed of the kernel in use relative to the best published one for this device. window: tokens that a token sees; what lies
+    before them is skipped, but for the tiles that the window's edge cuts, which are wasted as those of the diagonal are.
     """
-    pairs = rows * heads * seq_len * (seq_len + BLOCK) / 2
+    seen = min(window or seq_len, seq_len)
+    pairs = rows * heads * seq_len * (seen + BLOCK) * (2 - seen / seq_len) / 2
     flops = 4.0 * head_dim * pairs * (2.5 if backward else 1.0)
     # Exponentials do not shrink with the head: small heads wait for them (FlashAttention-3, section 1).
     width = (head_dim / (head_dim + SOFTMAX_WIDTH)) * (128 + SOFTMAX_WIDTH) / 128

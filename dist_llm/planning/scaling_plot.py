@@ -7,6 +7,7 @@ from pathlib import Path
 from dist_llm.planning.answer import costs_of
 from dist_llm.planning.cluster import Cluster
 from dist_llm.planning.growth import over_counts
+from dist_llm.planning.saving import AUTO, Kernels
 from dist_llm.planning.search import Plan
 from dist_llm.planning.shapes import ModelShape
 
@@ -22,18 +23,28 @@ def scaling_curves(
     *,
     precision: str = "bf16",
     limit_bytes: float | None = None,
+    kernels: Kernels = AUTO,
     most: int = 16384,
 ) -> dict[str, list[tuple[int, Plan]]]:
     """Fastest plans by number of devices: "strong" with ``batch_size`` rows a step throughout, "weak" with two rows a device."""
     curves = {}
     for kind, rows in (("strong", batch_size), ("weak", 2)):
-        counts = over_counts(model, cluster, rows, precision=precision, limit_bytes=limit_bytes, most=most, weak=kind == "weak")
+        counts = over_counts(
+            model, cluster, rows, precision=precision, limit_bytes=limit_bytes, kernels=kernels, most=most, weak=kind == "weak"
+        )
         curves[kind] = [(gpus, plan) for gpus, plan in counts if plan is not None]
     return curves
 
 
 def draw_scaling(
-    model: ModelShape, cluster: Cluster, batch_size: int, path: Path, *, precision: str = "bf16", limit_bytes: float | None = None
+    model: ModelShape,
+    cluster: Cluster,
+    batch_size: int,
+    path: Path,
+    *,
+    precision: str = "bf16",
+    limit_bytes: float | None = None,
+    kernels: Kernels = AUTO,
 ) -> None:
     """Write the curves to ``path``: tokens a second above, share of the peak below, with the interval of published runs.
 
@@ -45,7 +56,7 @@ def draw_scaling(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves = scaling_curves(model, cluster, batch_size, precision=precision, limit_bytes=limit_bytes)
+    curves = scaling_curves(model, cluster, batch_size, precision=precision, limit_bytes=limit_bytes, kernels=kernels)
     figure, (speed, share) = pyplot.subplots(2, 1, figsize=(7.0, 7.2), dpi=150, sharex=True)
     for kind, points in curves.items():
         if not points:

@@ -20,6 +20,7 @@ from dist_llm.planning.cluster import Cluster
 from dist_llm.planning.count_shapes import shape_params
 from dist_llm.planning.layout_shape import LayoutShape
 from dist_llm.planning.rank_memory import RankBytes, memory_of
+from dist_llm.planning.saving import AUTO, Kernels, Saving, saving_of
 from dist_llm.planning.shapes import ModelShape
 from dist_llm.planning.space import RECOMPUTE, Refusal, Space, layout_key
 from dist_llm.planning.step_time import StepTime
@@ -37,6 +38,7 @@ class Plan:
     layout: LayoutShape
     step: StepTime
     memory: RankBytes  # of the fullest stage
+    saving: Saving  # what the layers save on these devices
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -48,7 +50,7 @@ class Plan:
 class Search:
     """The layouts of ``model`` on ``gpus`` devices of ``cluster``, ``batch_size`` rows a step.
 
-    ``limit_bytes``: memory of a device; default the cluster's.
+    ``limit_bytes``: memory of a device; default the cluster's. ``kernels``: what the run asks for; what is left to auto is what a run on these devices takes.
     """
 
     model: ModelShape
@@ -57,12 +59,14 @@ class Search:
     batch_size: int
     precision: str = "bf16"
     limit_bytes: float | None = None
+    kernels: Kernels = AUTO
     evaluated: int = field(default=0, init=False)  # steps timed
 
     def __post_init__(self) -> None:
         if self.limit_bytes is None:
             self.limit_bytes = self.cluster.memory_bytes
         self._count = shape_params(self.model)
+        self._saving = saving_of(self.kernels, self.model, self.cluster.kind, self.precision)
         self.space = Space(self.model, self.gpus, self.batch_size, self.precision)
         self._memory: dict[LayoutShape, RankBytes] = {}
         self._plans: dict[LayoutShape, Plan | None] = {}
@@ -163,7 +167,7 @@ class Search:
         if under_bytes is not None and memory.total >= under_bytes:
             return None
         self.evaluated += 1
-        plan = self._plans[layout] = Plan(layout, trainer_step(self.model, layout, self.cluster), memory)
+        plan = self._plans[layout] = Plan(layout, trainer_step(self.model, layout, self.cluster), memory, self._saving)
         return plan
 
     def _is_legal(self, layout: LayoutShape) -> bool:
@@ -176,7 +180,7 @@ class Search:
     def _bytes(self, layout: LayoutShape) -> RankBytes:
         memory = self._memory.get(layout)
         if memory is None:
-            memory = self._memory[layout] = memory_of(self.model, layout, precision=self.precision)
+            memory = self._memory[layout] = memory_of(self.model, layout, precision=self.precision, saving=self._saving)
         return memory
 
 

@@ -12,7 +12,14 @@ from typing import Literal
 
 from dist_llm.config.schema import ModelConfig
 
-__all__ = ["ModelShape", "from_config"]
+__all__ = ["ModelShape", "attended", "from_config"]
+
+
+def attended(window: int | None, seq_len: int) -> float:
+    """Twice the tokens that a token sees on average through ``window``, in a row of ``seq_len``: the whole row where there is none."""
+    seen = min(window or seq_len, seq_len)
+    # The first `window` tokens see fewer. Half a token a row is left out, as it is in T / 2 of the causal half.
+    return seen * (2 - seen / seq_len)
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,8 @@ class ModelShape:
     stay dense come first, as in DeepSeek-V3) routes each token to ``experts_per_token`` of ``num_experts`` MLPs of width
     ``expert_ffn_dim`` and to all ``shared_experts``; the other layers keep an MLP of ``ffn_dim``. ``dense_layers`` more layers at
     the start stay dense.
+
+    ``window`` and ``window_layers`` are those of ``ModelConfig``: two numbers say what each layer sees, and the shape stays cheap to hash.
     """
 
     num_layers: int
@@ -45,6 +54,8 @@ class ModelShape:
     expert_ffn_dim: int | None = None  # default ffn_dim
     dense_layers: int = 0
     attention_matrix: int = 0  # matrix elements of one attention that is not query, key, value and output (low-rank: MLA)
+    window: int | None = None  # tokens that a token sees in a layer with a window; None: every layer sees the whole row
+    window_layers: Literal["all", "alternate"] = "all"  # alternate: every second one, beginning with the second
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "vocab_size", "seq_len", "moe_every"):
@@ -53,6 +64,8 @@ class ModelShape:
         for name in ("learned_positions", "num_experts", "experts_per_token", "shared_experts", "dense_layers", "attention_matrix"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
         if self.num_heads % self.num_kv_heads != 0:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
@@ -64,6 +77,23 @@ class ModelShape:
     def moe_layers(self) -> int:
         """Layers whose MLP is a set of experts."""
         return (self.num_layers - self.dense_layers) // self.moe_every if self.num_experts else 0
+
+    def layer_window(self, layer: int) -> int | None:
+        """The sliding window of block ``layer`` (from 0), or None where it sees the whole row."""
+        return self.window if self.window_layers == "all" or layer % 2 == 1 else None
+
+    @property
+    def windowed_layers(self) -> int:
+        """Layers with a window."""
+        if self.window is None:
+            return 0
+        return self.num_layers if self.window_layers == "all" else self.num_layers // 2
+
+    @cached_property
+    def attended_tokens(self) -> float:
+        """``attended``, summed over the layers."""
+        windowed = self.windowed_layers
+        return windowed * attended(self.window, self.seq_len) + (self.num_layers - windowed) * attended(None, self.seq_len)
 
     @property
     def expert_ffn(self) -> int:
@@ -112,4 +142,6 @@ def from_config(model: ModelConfig, seq_len: int) -> ModelShape:
         learned_positions=model.max_seq_len if model.position == "learned" else 0,
         bias=model.bias,
         norm=model.norm,
+        window=model.window,
+        window_layers=model.window_layers,
     )

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from dist_llm.planning.shapes import ModelShape
+from dist_llm.planning.shapes import ModelShape, attended
 from dist_llm.topology.stages import cut_stages
 
-__all__ = ["Stage", "StageTensors", "Tensor", "is_moe_layer", "stages_of", "tensors_of"]
+__all__ = ["Stage", "StageTensors", "Tensor", "is_moe_layer", "layer_ranges", "stages_of", "tensors_of"]
 
 
 class Tensor(NamedTuple):
@@ -28,11 +28,12 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline rank: the dense and expert layers of each of its chunks, and which ends of the model it has."""
+    """One pipeline rank: the dense and expert layers of each of its chunks, how many of both have a window, and which ends of the model it has."""
 
     number: int
     dense: tuple[int, ...]  # by chunk
     moe: tuple[int, ...]
+    windowed: tuple[int, ...]
     is_first: bool
     is_last: bool
 
@@ -47,9 +48,28 @@ def is_moe_layer(model: ModelShape, layer: int) -> bool:
     return model.num_experts > 0 and layer >= model.dense_layers and (layer - model.dense_layers + 1) % model.moe_every == 0
 
 
+@lru_cache(maxsize=1024)
+def layer_ranges(model: ModelShape, parts: int) -> tuple[range, ...]:
+    """Numbers of the blocks of each of ``parts`` stages, cut so that the dearest stage is as cheap as can be.
+
+    Cost is matrix multiply-adds a token; the head counts on the last stage, a look-up on the first costs nothing.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    experts = (model.experts_per_token + model.shared_experts) * model.expert_weights + model.router_weights
+    head_dims = model.num_heads * model.head_dim
+    costs = []
+    for layer in range(model.num_layers):
+        weights = model.attention_weights + (experts if is_moe_layer(model, layer) else model.mlp_weights)
+        # Scores and weighted sum over the causal half of the row: 2 x T/2 multiply-adds a head dimension, fewer with a window.
+        costs.append(float(weights + head_dims * attended(model.layer_window(layer), model.seq_len)))
+    return cut_stages(costs, parts, last=float(model.head_weights))
+
+
 @lru_cache(maxsize=4096)
 def stages_of(model: ModelShape, pp: int, virtual_pp: int = 1, *, even: bool = False) -> tuple[Stage, ...]:
-    """The stages of ``model``, cut as ``planning.stages.stage_layers`` cuts a config: the dearest stage as cheap as can be.
+    """The stages of ``model``, cut as the trainer cuts them (``planning.stages.stage_layers``): the dearest stage as cheap as can be.
 
     Args:
         model: the whole model.
@@ -62,23 +82,15 @@ def stages_of(model: ModelShape, pp: int, virtual_pp: int = 1, *, even: bool = F
         ValueError: more stages than layers.
     """
     parts = pp * virtual_pp
-    if even:
-        ranges = _even_ranges(model.num_layers, parts)
-    else:
-        # Multiply-adds a token; the head counts on the last stage, a look-up on the first costs nothing.
-        attention = model.attention_weights + model.num_heads * model.head_dim * model.seq_len
-        experts = model.experts_per_token + model.shared_experts
-        costs = [
-            float(attention + (experts * model.expert_weights + model.router_weights if is_moe_layer(model, i) else model.mlp_weights))
-            for i in range(model.num_layers)
-        ]
-        ranges = cut_stages(costs, parts, last=float(model.head_weights))
+    ranges = _even_ranges(model.num_layers, parts) if even else layer_ranges(model, parts)
+    windowed = [sum(model.layer_window(i) is not None for i in layers) for layers in ranges]
     moe = [sum(is_moe_layer(model, i) for i in layers) for layers in ranges]
     return tuple(
         Stage(
             number=rank,
             dense=tuple(len(ranges[c * pp + rank]) - moe[c * pp + rank] for c in range(virtual_pp)),
             moe=tuple(moe[c * pp + rank] for c in range(virtual_pp)),
+            windowed=tuple(windowed[c * pp + rank] for c in range(virtual_pp)),
             is_first=rank == 0,
             is_last=rank == pp - 1,
         )

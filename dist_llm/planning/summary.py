@@ -64,7 +64,9 @@ def pareto_rows(search: Search, question: Question, cluster: Cluster, limit_byte
     plans: list[Plan] = time_against_memory(search, step=0.25)
     for part in (2, 4):
         if search.gpus % part == 0:
-            fewer = Search(question.model, search.gpus // part, cluster, question.batch_size, question.precision, limit_bytes)
+            fewer = Search(
+                question.model, search.gpus // part, cluster, question.batch_size, question.precision, limit_bytes, question.kernels
+            )
             plans += time_against_memory(fewer, step=0.25)
     kept = front(plans, lambda p: (p.step.total_s, float(p.memory.total), float(p.layout.ranks)))
     return [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,18 +40,35 @@ def saved_bytes(module: LossModule, batch: DeviceBatch, hidden: torch.Tensor | N
     """Bytes that autograd keeps of one forward: each storage once, the parameters not counted."""
     lent = [module.model.borrowed_head] if module.model.borrowed_head is not None else []
     weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *lent]}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # alive to the end: an address used again would be taken for the same tensor
-        return tensor
+    def keep(tensor: torch.Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        kept.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         out = module(batch, hidden)
-    del out
-    return sum(storage.nbytes() for storage in kept.values())
+    storages = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in kept)}
+    del out  # up to here the graph holds what it saved, and what hangs on a result that nobody took is gone
+    return sum(size for address, size in storages.items() if address not in weights)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Most bytes that ``step`` holds at once on a CPU, by the allocator's record."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+class _Saved:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()  # a saved result would hold the node that holds it
 
 
 def count_states(ctx: ParallelContext, configs: list[dict[str, Any]]) -> list[dict[str, int]]:

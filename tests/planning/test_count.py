@@ -4,6 +4,8 @@ import pytest
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.planning.count import count_params, flops_per_token
+from dist_llm.planning.count_shapes import flops_of_token
+from dist_llm.planning.shapes import attended, from_config
 
 
 def gpt2(width: int, layers: int, heads: int) -> ModelConfig:
@@ -55,6 +57,21 @@ def test_flops_of_a_token_by_hand() -> None:
     # Scores and values: 2 products x 2 FLOPs x (T / 2 keys on average) x 24 numbers forward, three times that with backward.
     attention = 3 * 3 * (2 * 2 * 16 * 24)
     assert flops_per_token(model, seq_len=32) == 6 * products + attention
+
+
+def test_flops_of_a_windowed_token_are_those_of_the_keys_it_sees() -> None:
+    whole = gpt2(768, 4, 12)
+    banded = whole.model_copy(update={"window": 100, "window_layers": "alternate"})
+    # 1024 tokens: one sees 1 to 100 keys, counted without the half of its own as the whole row's T / 2 is.
+    keys = sum(min(t, 100) for t in range(1, 1025)) / 1024
+    fewer = 2 * 3 * (2 * 2 * 768) * (512 - keys)
+    assert flops_per_token(whole, 1024) - flops_per_token(banded, 1024) == pytest.approx(fewer, rel=2e-3)
+    shape = from_config(banded, 1024)
+    assert flops_of_token(shape).model == flops_per_token(banded, 1024)
+    assert flops_of_token(shape, causal=False).attention == 2 * flops_of_token(shape).attention
+    assert shape.attended_tokens == sum(attended(banded.layer_window(layer), 1024) for layer in range(4))
+    # A window as long as the row is none.
+    assert flops_per_token(banded.model_copy(update={"window": 1024}), 1024) == flops_per_token(whole, 1024)
 
 
 def test_flops_do_not_depend_on_tying_and_six_n_is_their_larger_part() -> None:

@@ -14,12 +14,15 @@ from dist_llm.engine.batches import StepBatches
 from dist_llm.engine.build import build_engine, choose_ops
 from dist_llm.engine.plain import PlainEngine
 from dist_llm.kernels.extension import why_no_kernel
-from dist_llm.planning.activations import OURS, kept_for_backward
+from dist_llm.planning.activations import kept_for_backward
 from dist_llm.planning.count import count_params
-from dist_llm.planning.memory import checkpoint_bytes, layout_of, rank_memory
+from dist_llm.planning.memory import checkpoint_bytes, layout_of, rank_bytes, rank_memory
+from dist_llm.planning.saving import OURS, Kernels, saving_of
 from dist_llm.planning.shapes import from_config
+from dist_llm.planning.stage_tensors import stages_of
+from dist_llm.planning.stages import stage_layers
 from dist_llm.verify.rows import MadeUpRows
-from tests.planning.memory_program import saved_bytes
+from tests.planning.memory_program import peak_bytes, saved_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,39 +98,96 @@ def test_a_checkpoint_holds_masters_and_two_moments(tmp_path: Path) -> None:
     assert checkpoint_bytes(config) == sum(t.nbytes for _, _, t in plain_engine(config).state())
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "packed"])
-def test_activations_are_what_autograd_saves(name: str, precision: str, kernels: str) -> None:
-    if kernels == "native" and (reason := why_no_kernel("attention", torch.device("cpu"))):
+OPS = ("activation", "cross_entropy", "layer_norm", "rms_norm", "rotary")
+MIXES = {  # kernels.attention, all other ops
+    "compiled": ("native", "native"),
+    "auto on a GPU": ("sdpa", "reference"),
+    "attention alone": ("native", "reference"),
+    "all but attention": ("sdpa", "native"),
+    "plain": ("reference", "reference"),
+}
+
+
+def choosing(mix: str) -> list[str]:
+    attention, others = MIXES[mix]
+    return [f"kernels.attention={attention}", *(f"kernels.{op}={others}" for op in OPS)]
+
+
+def skip_without_kernels(mix: str) -> None:
+    if "native" in MIXES[mix] and (reason := why_no_kernel("attention", torch.device("cpu"))):
         pytest.skip(reason)
-    ops = ("activation", "attention", "cross_entropy", "layer_norm", "rms_norm", "rotary")
-    chosen = [f"kernels.{op}={kernels}" for op in ops]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "packed", "banded"])
+def test_activations_are_what_autograd_saves(name: str, precision: str, mix: str) -> None:
+    skip_without_kernels(mix)
     for recompute in ("none", "selective", "full"):
-        config = tiny(name, f"precision={precision}", f"parallel.recompute={recompute}", *chosen)
+        config = tiny(name, f"precision={precision}", f"parallel.recompute={recompute}", *choosing(mix))
         engine = plain_engine(config)
         batch = StepBatches(MadeUpRows(config), config, ParallelContext(device=torch.device("cpu"))).at(0)[0][0]
         counted = saved_bytes(engine.loss_module, batch)
-        saving = replace(OURS, reference=kernels == "reference", casts_weights=precision == "bf16")
         model, layout = from_config(config.model, config.data.seq_len), layout_of(config, 1, plain=True)
+        saving = replace(saving_of(Kernels.of(config), model, "cpu", precision), casts_weights=precision == "bf16")
         kept = kept_for_backward(model, layout, 2 if precision == "bf16" else 4, saving)
-        planned = config.model.num_layers * kept.layer + kept.first + kept.last + kept.logits
+        (stage,) = stages_of(model, 1)
+        planned = stage.layers * kept.layer + sum(stage.windowed) * kept.window + kept.first + kept.last + kept.logits
         if recompute == "none":
             planned += kept.shared  # a checkpoint holds the rotary tables outside of autograd's sight
-        # The compiled kernels to the byte but for document numbers; plain PyTorch keeps masks and constants that are not listed.
+        # With compiled kernels to the byte but for document numbers; plain PyTorch keeps masks and constants that are not listed.
         margin = 4 * batch.tokens.numel() if batch.doc_ids is not None else 0
-        if kernels == "native":
+        if "reference" not in MIXES[mix]:
             assert 0 <= counted - planned <= margin, recompute
         else:
-            assert planned == pytest.approx(counted, rel=0.02), recompute
+            assert planned == pytest.approx(counted, rel=0.01), recompute
+
+
+@pytest.mark.parametrize("mix", ["compiled", "auto on a GPU", "plain"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "packed", "banded"])
+def test_the_planned_peak_is_that_of_a_step(name: str, mix: str) -> None:
+    # With the vocabulary of the config and its short rows the loss is the fullest moment, with few words and long rows a block.
+    skip_without_kernels(mix)
+    for shape in ((), ("model.vocab_size=32", "model.num_layers=2", "data.seq_len=512", "model.max_seq_len=512")):
+        config = tiny(name, "precision=bf16", *shape, *choosing(mix))
+        engine = plain_engine(config)
+        batch = StepBatches(MadeUpRows(config), config, ParallelContext(device=torch.device("cpu"))).at(0)[0][0]
+        engine.loss_module(batch).backward()  # gradients are there already, and the last step's hold no one's
+        peak = peak_bytes(lambda engine=engine, batch=batch: engine.loss_module(batch).backward())
+        planned = rank_bytes(config, 1, plain=True, device="cpu")
+        # What products pack on a CPU is not planned: a few per cent.
+        assert 0.95 * peak <= planned.activations + planned.logits + planned.buffers <= 1.5 * peak
+
+
+def test_a_gpu_run_with_nothing_said_of_kernels_needs_more_than_one_with_ours() -> None:
+    config = tiny("llama", "precision=bf16")
+    named = tiny("llama", "precision=bf16", *choosing("compiled"))
+    auto, ours = (rank_bytes(c, 8, device="cuda") for c in (config, named))
+    assert auto.activations > 1.5 * ours.activations and auto.logits > 2 * ours.logits
+    assert (ours.activations, ours.logits) == (rank_bytes(config, 8, device="cpu").activations, rank_bytes(config, 8, device="cpu").logits)
+    assert rank_memory(config, 8, plain=False).activations == auto.activations  # a GPU is what is planned for
+    some = rank_bytes(tiny("llama", "precision=bf16", "kernels.activation=native"), 8, device="cuda")
+    assert ours.activations < some.activations < auto.activations and some.logits == auto.logits
 
 
 def test_the_plan_of_a_rank_adds_up_its_micro_batch() -> None:
     config = tiny("llama", "precision=bf16")
     kept = kept_for_backward(from_config(config.model, 64), layout_of(config, 1, plain=True), 2, replace(OURS, casts_weights=True))
-    planned = rank_memory(config, 1, plain=True)
+    planned = rank_memory(config, 1, plain=True, device="cpu")
     assert planned.activations == 4 * kept.layer + kept.shared + kept.first + kept.last
     assert planned.logits == 2 * 2 * 128 * 512  # two bytes for 2 x 64 tokens and 512 words, and their gradient
-    full = rank_memory(tiny("llama", "precision=bf16", "parallel.recompute=full"), 1, plain=True)
+    full = rank_memory(tiny("llama", "precision=bf16", "parallel.recompute=full"), 1, plain=True, device="cpu")
     assert full.activations < 0.5 * planned.activations
     assert full.logits == planned.logits
+
+
+def test_windowed_layers_count_where_they_are() -> None:
+    # Torch's attention keeps a mask of T x T in each layer with a window, half of the four; they are divided over the stages as the layers are.
+    config = tiny("banded", "precision=bf16", "kernels.attention=sdpa")
+    whole = config.model_copy(update={"model": config.model.model_copy(update={"window": None, "window_layers": "all"})})
+    masks = rank_bytes(config, 1, plain=True).activations - rank_bytes(whole, 1, plain=True).activations
+    assert masks == 2 * 64 * 64 * 2
+    model = from_config(config.model, 64)
+    for pp in (1, 2, 3, 4):
+        cut = stage_layers(config.model, 64, pp)
+        assert [sum(s.windowed) for s in stages_of(model, pp)] == [sum(layer % 2 for layer in layers) for layers in cut]

@@ -41,6 +41,15 @@ def test_attention_grows_with_the_square_of_the_row() -> None:
     assert long / short == pytest.approx(2.0, rel=0.03)  # equal tokens; the diagonal's waste halves
 
 
+def test_a_window_costs_what_lies_in_it_and_the_tiles_that_its_edge_cuts() -> None:
+    def seconds(window: int | None) -> float:
+        return attention_seconds(8, 16384, 32, 128, H100, kernel=1.0, backward=False, window=window) - H100.launch
+
+    assert seconds(16384) == seconds(20000) == seconds(None)
+    # 1024 keys, and half a tile of 128 at either end, of 8192 on average; the first 1024 queries see fewer.
+    assert seconds(1024) / seconds(None) == pytest.approx((1024 + 128) / 8192 * (1 - 1024 / 16384 / 2), rel=0.01)
+
+
 def test_attention_on_an_a100_has_flash_attention_2s_published_speed() -> None:
     # Dao, arXiv:2307.08691, figures 5 and 6: about 190 forward and 170 TFLOP/s backward, causal, head 128, rows of 16k.
     flops = 4 * 128 * 16 * 16384**2 / 2

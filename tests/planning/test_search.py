@@ -14,6 +14,7 @@ from dist_llm.planning.cluster import Cluster, load_cluster
 from dist_llm.planning.layout_shape import LayoutShape
 from dist_llm.planning.legality import Legality
 from dist_llm.planning.rank_memory import memory_of
+from dist_llm.planning.saving import AUTO, Kernels
 from dist_llm.planning.search import Plan, Search
 from dist_llm.planning.shapes import ModelShape, from_config
 from dist_llm.planning.space import RECOMPUTE, divisors
@@ -21,6 +22,7 @@ from dist_llm.planning.step_time import step_time
 from dist_llm.planning.trainer_step import trainer_step
 
 ROOT = Path(__file__).parents[2]
+NATIVE = Kernels(norm="native", activation="native", attention="native", cross_entropy="native")
 H100, A100, CPU = load_cluster("h100-80g"), load_cluster("a100-40g"), load_cluster("cpu")
 GROUPED = ModelShape(
     num_layers=12, d_model=1536, num_heads=12, num_kv_heads=4, head_dim=128, ffn_dim=4096, gated=True, vocab_size=32768,
@@ -28,6 +30,7 @@ GROUPED = ModelShape(
 )  # fmt: skip
 EXPERTS = replace(GROUPED, num_layers=8, num_experts=6, experts_per_token=2)
 TINY = from_config(load_config(ROOT / "configs/tiny/gpt2.yaml").config.model, 64)
+BANDED = replace(GROUPED, window=256, window_layers="alternate")
 LLAMA_70B = ModelShape(
     num_layers=80, d_model=8192, num_heads=64, num_kv_heads=8, head_dim=128, ffn_dim=28672, gated=True, vocab_size=128256,
     seq_len=8192, tied=False,
@@ -62,6 +65,7 @@ CASES = {
     "grouped": (GROUPED, H100, 1.0, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)),
     "tight": (GROUPED, A100, 0.12, (1, 4, 8, 12, 32)),
     "experts": (EXPERTS, H100, 0.4, (1, 2, 3, 4, 6, 8, 16)),
+    "banded": (BANDED, H100, 0.25, (2, 8, 16)),
     "tiny": (TINY, CPU, 1.0, (1, 2, 4, 8, 64)),
 }
 
@@ -102,7 +106,26 @@ def test_refused_combinations_are_named_with_the_rules_words() -> None:
     assert all(plan.layout.pp == 1 or plan.layout.zero < 2 for plan in search.best(200))
 
 
-@pytest.mark.parametrize(("model", "batch"), [(LLAMA_70B, 2048), (MIXTRAL, 16384)], ids=["llama-70b", "mixtral"])
+def test_a_model_with_a_window_is_planned_without_the_ring_that_has_none() -> None:
+    search = Search(BANDED, 16, H100, 48)
+    assert all(plan.layout.cp == 1 for plan in search.best(200))
+    assert "use parallel.cp_kind all_to_all" in search.space.refusals["model.window"].message
+
+
+def test_named_kernels_are_planned_for() -> None:
+    auto, named = (Search(GROUPED, 8, H100, 64, kernels=kernels) for kernels in (AUTO, NATIVE))
+    layout = auto.best(1)[0].layout
+    assert auto._bytes(layout).activations > 1.5 * named._bytes(layout).activations
+    # On a CPU ours are what auto takes.
+    assert keys(Search(TINY, 4, CPU, 8, "fp32").best(3)) == keys(Search(TINY, 4, CPU, 8, "fp32", kernels=NATIVE).best(3))
+    assert memory_of(GROUPED, layout) == auto._bytes(layout)  # by itself, too, a question is about a GPU
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [(LLAMA_70B, 2048), (MIXTRAL, 16384), (replace(LLAMA_70B, window=1024, window_layers="alternate"), 2048)],
+    ids=["llama-70b", "mixtral", "banded-70b"],
+)
 def test_16384_devices_are_searched_in_a_second(model: ModelShape, batch: int) -> None:
     took = []
     for _ in range(3):  # the best of three: other processes of this machine take cache and clock

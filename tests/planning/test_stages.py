@@ -40,6 +40,16 @@ def test_a_large_head_takes_layers_from_the_last_stage_and_a_long_row_gives_them
     assert [len(s) for s in stage_layers(model(num_layers=8, vocab_size=2_400), 16_384, 2)] == [4, 4]
 
 
+def test_a_window_makes_blocks_of_long_rows_cheap_again() -> None:
+    whole = model(num_layers=8, vocab_size=2_400)
+    windowed = whole.model_copy(update={"window": 64})
+    assert [len(s) for s in stage_layers(windowed, 16_384, 2)] == [5, 3] != [len(s) for s in stage_layers(whole, 16_384, 2)]
+    # Dear and cheap layers in turns, of five the first, third and fifth dear: three stages have one of those each.
+    alternate = model(num_layers=5, vocab_size=64).model_copy(update={"window": 64, "window_layers": "alternate"})
+    dear = [sum(layer % 2 == 0 for layer in stage) for stage in stage_layers(alternate, 16_384, 3)]
+    assert dear == [1, 1, 1]
+
+
 def test_more_stages_than_layers_are_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError, match="4 layers cannot be cut into 5"):
         stage_layers(model(num_layers=4, vocab_size=64), 32, 5)

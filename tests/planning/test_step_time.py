@@ -128,6 +128,15 @@ def test_context_parallelism_divides_a_long_row() -> None:
     assert eight.cp_comm_s > 0
 
 
+def test_windowed_layers_take_less_time_and_alternating_ones_half_as_much_less() -> None:
+    long = replace(LLAMA_70B, seq_len=32768)
+    layout = {"tp": 8, "dp": 1, "global_batch": 8}
+    whole, every = run(long, **layout).compute_s, run(replace(long, window=1024), **layout).compute_s
+    alternate = run(replace(long, window=1024, window_layers="alternate"), **layout).compute_s
+    assert every < 0.8 * whole
+    assert alternate == pytest.approx((whole + every) / 2, rel=1e-9)
+
+
 def test_eight_bits_are_faster_but_not_twice() -> None:
     bf16, fp8 = run(tp=8, dp=1, global_batch=8), run(tp=8, dp=1, global_batch=8, precision="fp8")
     assert 1.3 < bf16.compute_s / fp8.compute_s < 2.0
