@@ -1,7 +1,7 @@
 """A small copy of a user's config with the same structure: what is compared is the arithmetic, and that does not need the size.
 
 Kept: kinds of norm, position, activation, biases, ties, document mask, dropout, grouped or multi query heads, a head size that is not
-d_model / num_heads, optimiser settings, muP's factors, kernels. Made small: widths, layers, vocabulary, rows, batch.
+d_model / num_heads, optimiser settings, muP's factors, kernels. Made small: widths, layers, vocabulary, rows and the window in them, batch.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def shrink(config: RunConfig, layouts: Iterable[Layout] = ()) -> RunConfig:
             "head_dim": _HEAD,
             "ffn_dim": ffn,
             "max_seq_len": _SEQ_LEN,
+            "window": _window(config),
             **_base_sizes(model, width),
         }
     )
@@ -79,6 +80,12 @@ def shrink(config: RunConfig, layouts: Iterable[Layout] = ()) -> RunConfig:
             "parallel": type(parallel)(),
         }
     )
+
+
+def _window(config: RunConfig) -> int | None:
+    """The same share of the small rows; at least two tokens where it was, so that attention has something to choose from."""
+    window = config.model.window
+    return None if window is None else min(window, max(2, round(window * _SEQ_LEN / config.data.seq_len)))
 
 
 def _base_sizes(model: ModelConfig, width: int) -> dict[str, int]:

@@ -384,3 +384,34 @@ def positions_begin_on_every_rank() -> Iterator[None]:
 
     with _replaced(engine_batches, "to_device", to_device):
         yield
+
+
+# Windows
+
+
+@_mutant
+def window_by_place_on_the_stage() -> Iterator[None]:
+    """Which layers have the window is counted from the first of a stage, not of the model."""
+    build, right = Decoder.__init__, ModelConfig.layer_window
+
+    def init(self: Decoder, config: ModelConfig, *args: Any, layers: range | None = None, **options: Any) -> None:
+        def layer_window(model: ModelConfig, layer: int) -> int | None:
+            return right(model, layer - (layers.start if layers is not None else 0))
+
+        with _replaced(ModelConfig, "layer_window", layer_window):
+            build(self, config, *args, layers=layers, **options)
+
+    with _replaced(Decoder, "__init__", init):
+        yield
+
+
+@_mutant
+def all_to_all_forgets_the_window() -> Iterator[None]:
+    """What has exchanged heads for columns looks at whole rows."""
+    right = divide.all_to_all_attention
+
+    def all_to_all(fn: Callable[..., torch.Tensor], cp: Any) -> Any:
+        return right(lambda *args, window=None, **options: fn(*args, **options), cp)
+
+    with _replaced(divide, "all_to_all_attention", all_to_all):
+        yield

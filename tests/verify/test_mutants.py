@@ -70,6 +70,9 @@ _CASES: tuple[tuple[str, str, dict[str, str], tuple[str, ...]], ...] = (
         {"cp2-ring": "output of blocks.0.attention in step 1", "cp2-a2a": "output of blocks.0.attention in step 1"},
         ("tp2",),
     ),
+    # Two layers a stage begin as the model does; one layer a stage is always the first.
+    ("window_by_place_on_the_stage", "banded", {"pp4": "output of blocks.1.attention in step 1"}, ("pp2",)),
+    ("all_to_all_forgets_the_window", "banded", {"cp2-a2a": "output of blocks.1.attention in step 1"}, ("tp2",)),
 )
 
 

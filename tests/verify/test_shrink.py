@@ -62,6 +62,23 @@ def test_a_head_size_of_its_own_stays_one() -> None:
     assert small.model.head_size * small.model.num_heads != small.model.d_model
 
 
+@pytest.mark.parametrize(
+    ("window", "seq_len", "small"), [(24, 64, 12), (4096, 32768, 4), (4096, 8192, 16), (1, 64, 1), (64, 4096, 2), (64, 64, 32)]
+)
+def test_a_window_keeps_its_share_of_the_row(window: int, seq_len: int, small: int) -> None:
+    config = tiny("banded", f"model.window={window}", f"data.seq_len={seq_len}", f"model.max_seq_len={seq_len}")
+    copy = shrink(config)
+    assert copy.model.window == small and copy.model.window_layers == "alternate"
+    assert (copy.model.window < copy.data.seq_len) == (window < seq_len)
+
+
+def test_a_window_is_refused_in_a_ring_and_nowhere_else() -> None:
+    small = shrink(tiny("banded"))
+    reasons = {layout: refusal(small, layout) for layout in STANDARD}
+    assert {x for x, reason in reasons.items() if reason} == {x for x in STANDARD if x.cp > 1 and x.cp_kind == "ring"}
+    assert all("use parallel.cp_kind all_to_all" in reason for reason in reasons.values() if reason)
+
+
 def test_under_mup_the_copy_is_as_many_times_wider_than_its_base() -> None:
     small = shrink(tiny("llama", "model.d_model=512", "model.mup_base_width=128"))
     assert small.model.mup_base_width is not None and small.model.d_model == 4 * small.model.mup_base_width

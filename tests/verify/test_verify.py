@@ -52,6 +52,15 @@ def test_the_whole_certificate_of_a_tiny_config_holds(name: str, dist_llm: Run, 
     assert certificate["seconds"] > 0 and certificate["written"].endswith("Z")
 
 
+def test_layers_with_a_window_compute_the_same_and_a_ring_is_refused() -> None:
+    small = shrink(tiny("banded"))
+    names = ("recompute-full", "tp2-sp", "pp2", "cp2-a2a", "zero3-dp2", "tp4", "pp4", "tp2-pp2", "tp2-cp2-a2a")
+    result = verify_layouts(small, _layouts((*names, "cp2-ring", "tp2-cp2-ring")))
+    assert _differing(result) == {} and result.ok and [str(o.layout) for o in result.outcomes] == list(names)
+    assert {str(layout) for layout, _ in result.refused} == {"cp2-ring", "tp2-cp2-ring"}
+    assert all("model.window: 12 cannot be had with parallel.cp (2) in a ring" in reason for _, reason in result.refused)
+
+
 def test_with_dropout_layouts_drop_the_same_elements() -> None:
     result = verify_layouts(shrink(tiny("llama", "model.dropout=0.1")), _layouts(_SOME))
     assert _differing(result) == {} and len(result.outcomes) == len(_SOME)
