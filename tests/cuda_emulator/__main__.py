@@ -5,7 +5,7 @@
 Every case whose ops are in the given files (default: all .cu files) is held to the error of its reference in fp32, bf16 and fp16, in bf16 also
 with arguments that are aligned to one element only, and to the same bits when blocks and threads run in another order. New tensors are
 born full of NaN.
-One line a case; exit status 1 when one failed, 2 when no case has its ops in the files.
+One line a case; exit status 1 when one failed, 3 when no case has its ops in the files or none of the chosen sizes was small enough to run.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from tests.kernels.case import Case, Sample, all_cases, assert_close_to_float64,
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Exit status. Not 2, which is argparse's for a wrong command line.
+NOTHING_RAN = 3
 # Numbers in the arguments of a case beyond which the emulation takes too long to wait for.
 MOST_NUMBERS = 1 << 18
 
@@ -119,8 +121,12 @@ def check(case: Case, size: str, dtype: torch.dtype, *, once: bool) -> str | Non
     return None
 
 
-def run_case(case: Case, sizes: list[str], dtypes: list[torch.dtype], library: Path, *, quick: bool) -> bool:
-    """All sizes and dtypes of a case (quick: the dtypes in turn, one a size, in one order); prints one line, and what failed."""
+def run_case(case: Case, sizes: list[str], dtypes: list[torch.dtype], library: Path, *, quick: bool) -> tuple[int, bool]:
+    """All sizes and dtypes of a case (quick: the dtypes in turn, one a size, in one order); prints one line, and what failed.
+
+    Returns:
+        how many sizes and dtypes ran, and whether all of them are right.
+    """
     started, failed, count, left_out = time.perf_counter(), False, 0, []
     launches = ctypes.CDLL(str(library)).dl_launches
     launches.restype = ctypes.c_int64
@@ -133,19 +139,19 @@ def run_case(case: Case, sizes: list[str], dtypes: list[torch.dtype], library: P
             try:
                 why = check(case, size, dtype, once=quick)
             except (AssertionError, RuntimeError) as error:
-                failed = True
+                failed, why = True, None
                 print(f"FAILED {case.name} {size} {dtype}: {with_lines(str(error), library)}" if str(error) else traceback.format_exc())
-                continue
-            count += 1
-            if why is not None:
+            if why is None:
+                count += 1
+            else:
                 left_out.append(f"{size} {dtype}: {why}")
     skipped = f", left out {'; '.join(left_out)}" if left_out else ""
     print(
-        f"{'FAILED' if failed else 'ok'} {case.name}: {count} of sizes and dtypes, {launches() - before} launches,"
+        f"{'FAILED' if failed else 'ok' if count else 'nothing'} {case.name}: {count} sizes and dtypes, {launches() - before} launches,"
         f" in {time.perf_counter() - started:.1f} s{skipped}",
         flush=True,
     )
-    return not failed
+    return count, not failed
 
 
 def main() -> int:
@@ -174,9 +180,10 @@ def main() -> int:
         ]
         if not chosen:
             print("no case has its ops in these sources")
-            return 2
+            return NOTHING_RAN
         dtypes = [DTYPES[name] for name in arguments.dtype or DTYPES]
-        return 0 if all([run_case(case, arguments.size, dtypes, library, quick=arguments.quick) for case in chosen]) else 1
+        counts, right = zip(*[run_case(case, arguments.size, dtypes, library, quick=arguments.quick) for case in chosen], strict=True)
+        return 1 if not all(right) else 0 if any(counts) else NOTHING_RAN
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Sample:
         kwargs: arguments by name.
         wanted: positions and names of the tensors whose gradients are compared.
         scales: for results whose terms cancel, by index (outputs first, then gradients as in ``wanted``): the size of the terms that are
-            added to any one number. Where a result is left out, its own largest number is the size.
+            added to any one number. Ops add in fp32 whatever the dtype of a result, so it is fp32's roundings of the terms that are allowed.
         changed: positions and names of the tensors that the function writes into: they count as outputs.
     """
 
@@ -38,15 +38,18 @@ class Sample:
     scales: Mapping[int, float] = field(default_factory=dict)
     changed: tuple[int | str, ...] = ()
 
-    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Sample:
-        """The same with every tensor replaced by ``fn`` of it; lists of tensors too."""
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor], *, but: Sequence[int | str] = ()) -> Sample:
+        """The same with every tensor replaced by ``fn`` of it, lists of tensors too; ``but`` are positions and names left as they are."""
 
-        def each(value: Any) -> Any:
+        def each(where: int | str, value: Any) -> Any:
+            if where in but:
+                return value
             if isinstance(value, torch.Tensor):
                 return fn(value)
-            return [each(v) for v in value] if isinstance(value, list) else value
+            return [fn(v) if isinstance(v, torch.Tensor) else v for v in value] if isinstance(value, list) else value
 
-        return replace(self, args=tuple(map(each, self.args)), kwargs={name: each(v) for name, v in self.kwargs.items()})
+        args = tuple(each(position, value) for position, value in enumerate(self.args))
+        return replace(self, args=args, kwargs={name: each(name, value) for name, value in self.kwargs.items()})
 
     def double(self) -> Sample:
         """The same in float64; whole numbers stay as they are."""
@@ -92,12 +95,15 @@ def all_cases() -> list[Case]:
     return found
 
 
-def results(fn: Callable[..., Any], sample: Sample) -> list[torch.Tensor]:
+def results(
+    fn: Callable[..., Any], sample: Sample, arriving_as: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.contiguous
+) -> list[torch.Tensor]:
     """Outputs (with the tensors it changed), then the gradients of ``wanted``.
 
     The gradient that arrives at an output is the same for every implementation and dtype: small whole numbers, exact in all of them.
+    Arguments lie in memory as those of the sample, arriving gradients as ``arriving_as`` puts them.
     """
-    sample = sample.map(lambda t: t.detach().clone(memory_format=torch.preserve_format))
+    sample = sample.map(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t.detach()))
 
     def tensor_at(where: int | str) -> torch.Tensor:
         value = sample.args[where] if isinstance(where, int) else sample.kwargs[where]
@@ -115,7 +121,7 @@ def results(fn: Callable[..., Any], sample: Sample) -> list[torch.Tensor]:
         return values
     generator = torch.Generator().manual_seed(5)
     roots = [t for t in outputs if t.requires_grad]
-    arriving = [torch.randint(-3, 4, t.shape, generator=generator).to(t.dtype).to(t.device) for t in roots]
+    arriving = [arriving_as(torch.randint(-3, 4, t.shape, generator=generator).to(t.dtype).to(t.device)) for t in roots]
     grads = torch.autograd.grad(roots, leaves, arriving, allow_unused=True)
     return values + [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
@@ -126,8 +132,8 @@ def assert_close_to_float64(
     """Every result is off by at most twice what the reference's is.
 
     The reference rounds a result once, and with few numbers its largest error is luck: what one spacing of the result's dtype at the size of
-    its largest number (or of the terms added to it) explains, which is twice the error of correct rounding, is no error. For a result in
-    fp32 the terms are rounded as well before they are added, so the spacing counts four times.
+    its largest number explains, which is twice the error of correct rounding, is no error. Nor are four spacings of fp32 at the size of the
+    terms, which are rounded before they are added: where the sample says that they are larger than the result, and for a result in fp32.
     """
     assert len(ours) == len(theirs) == len(exact), f"{what}: {len(ours)} results, the reference has {len(theirs)}"
     for index, (our, their, truth) in enumerate(zip(ours, theirs, exact, strict=True)):
@@ -139,8 +145,10 @@ def assert_close_to_float64(
         assert torch.isfinite(our).all(), f"{name} is not finite"
         if truth.numel() == 0:
             continue
-        largest = sample.scales.get(index, truth.abs().max().item())
-        luck = torch.finfo(our.dtype).eps * largest * (4 if our.dtype == torch.float32 else 1)
+        largest = truth.abs().max().item()
+        terms = sample.scales.get(index, largest if our.dtype == torch.float32 else 0.0)
+        spacing = torch.finfo(our.dtype).eps
+        luck = max(spacing * largest, 4 * min(spacing, torch.finfo(torch.float32).eps) * terms)
         error, reference_error = ((t.double() - truth.double()).abs().max().item() for t in (our, their))
         bound = max(2 * reference_error, luck)
         assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g} (the reference's is {reference_error:.3g})"

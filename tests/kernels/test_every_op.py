@@ -5,10 +5,11 @@ What only one op has is tested beside it; what all must have is here, so that a 
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 
 from dist_llm.kernels.extension import load_extension
 from dist_llm.kernels.impl import Impl
-from tests.kernels.case import Case, all_cases, assert_close_to_float64, results
+from dist_llm.kernels.table import LAYOUT_TABLES, TABLES
+from tests.kernels.case import Case, Sample, all_cases, assert_close_to_float64, results
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +39,22 @@ def runnable(impl: Impl, dtypes: tuple[torch.dtype, ...], device: torch.device =
     if not taken:
         pytest.skip(f"{impl.name} on {device.type}: {impl.why_not(device, dtypes[0])}")
     return taken
+
+
+def first_runnable(case: Case, device: torch.device = CPU) -> tuple[Impl, list[torch.dtype]]:
+    """The first implementation but the reference that runs on the device, and the dtypes it takes.
+
+    Where the extension is loaded, there is one: a case that ran nothing would be green whatever is wrong. That a processor lacks the
+    instructions for it is the one other reason to skip the test.
+    """
+    for impl in case.impls[:-1]:
+        taken = [dtype for dtype in case.dtypes if impl.why_not(device, dtype) is None]
+        if taken:
+            return impl, taken
+    reasons = "; ".join(f"{impl.name}: {impl.why_not(device, dtype)}" for impl in case.impls[:-1] for dtype in case.dtypes)
+    if load_extension().loaded and "processor" not in reasons:
+        pytest.fail(f"no implementation of {case.name} but the reference runs on {device.type}: {reasons}")
+    pytest.skip(reasons)
 
 
 def assert_as_exact_as_the_reference(case: Case, impl: Impl, size: str, dtype: torch.dtype, device: torch.device = CPU) -> None:
@@ -103,31 +121,84 @@ def test_every_element_of_every_result_is_written(case: Case, impl: Impl, poison
                     assert torch.equal(result, expected), where
 
 
+def transposed(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers with the first two dimensions the other way round in memory."""
+    return t if t.dim() < 2 else t.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def spaced(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers with a gap behind each. An empty tensor has none."""
+    return t if t.dim() == 0 or t.numel() == 0 else torch.stack((t, t), -1)[..., 0]
+
+
+# Ways for arguments and arriving gradients to lie in memory. One-dimensional ones (weights, biases, statistics of rows) may be refused.
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "transposed": transposed,
+    "spaced": lambda t: spaced(t) if t.dim() > 1 else t,
+    "vectors spaced": lambda t: spaced(t) if t.dim() == 1 else t,
+}
+# What is wrong and waits to be made right: function, implementation, layout.
+WRONG_STRIDES = {
+    ("adamw_step", "torch", "transposed"): "torch's fused AdamW reads gradients as if they lay in memory like their parameters",
+    ("linear", "native", "vectors spaced"): "oneDNN reads the bias as if it were contiguous",
+    ("linear", "onednn", "vectors spaced"): "oneDNN reads the bias as if it were contiguous",
+}
+
+
+def check_strides(case: Case, impl: Impl, sample: Sample, layout: str) -> int:
+    """Gives how many arguments and arriving gradients lay otherwise."""
+    moved = []
+
+    def lie(t: torch.Tensor) -> torch.Tensor:
+        laid = LAYOUTS[layout](t)
+        moved.append(laid.stride() != t.stride())
+        return laid
+
+    plain = results(impl.fn, sample)
+    try:
+        # What a function writes into stays as it is: its layout is the caller's.
+        scattered = results(impl.fn, sample.map(lie, but=sample.changed), arriving_as=lie)
+    except RuntimeError as error:
+        assert layout == "vectors spaced" and "must be contiguous" in str(error), f"{case.name} {impl.name} {layout}: {error}"
+    else:
+        assert all(map(torch.equal, plain, scattered)), f"{case.name} {impl.name} {layout}"
+    return sum(moved)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("case", "impl"), FAST, ids=name_of)
-def test_arguments_of_any_strides_are_accepted(case: Case, impl: Impl) -> None:
-    def scatter(t: torch.Tensor) -> torch.Tensor:
-        return t if t.dim() < 2 else t.transpose(0, 1).contiguous().transpose(0, 1)
-
+def test_results_are_the_same_at_any_strides(case: Case, impl: Impl, layout: str, request: pytest.FixtureRequest) -> None:
     dtype = runnable(impl, case.dtypes)[0]
-    for size in case.sizes.values():
-        sample = case.make(size, dtype)
-        if sample.changed:
-            continue  # a function that writes into its arguments takes them as they lie in memory
-        for plain, scattered in zip(results(impl.fn, sample), results(impl.fn, sample.map(scatter)), strict=True):
-            assert torch.equal(plain, scattered), f"{case.name} {impl.name} {size}"
+    if why := WRONG_STRIDES.get((case.name, impl.name, layout)):
+        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+    moved = sum([check_strides(case, impl, case.make(size, dtype), layout) for size in case.sizes.values()])
+    if moved == 0 and layout == "vectors spaced":
+        pytest.skip("it takes no vectors")
+    assert moved > 0, f"no argument of {case.name} lay otherwise"
 
 
+@needs_extension
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_opcheck_accepts_every_op(case: Case) -> None:
-    for dtype in runnable(case.impls[0], case.dtypes):
-        for op, arguments in case.checks(dtype):
-            torch.library.opcheck(op, arguments)
+def test_opcheck_accepts_the_ops_of_every_case(case: Case) -> None:
+    checks = [check for dtype in first_runnable(case)[1] for check in case.checks(dtype)]
+    assert checks or not any(case.checks(dtype) for dtype in case.dtypes), "no implementation runs in a dtype that has checks"
+    for op, arguments in checks:
+        torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_it_compiles_as_one_graph_with_equal_results(case: Case) -> None:
-    impl = case.impls[0]
+@needs_extension
+def test_every_op_is_in_the_checks_of_a_case() -> None:
+    checked = {str(op).split(".")[1] for case in CASES for dtype in case.dtypes for op, _ in case.checks(dtype)}
+    names = [name.removeprefix("dist_llm::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("dist_llm::")]
+    # Those of the processor take no tensors; what has no schema was built for another version of the package.
+    assert checked == {name for name in names if hasattr(torch.ops.dist_llm, name) and not name.startswith("cpu_")}
+
+
+@pytest.mark.parametrize(("case", "impl"), FAST, ids=name_of)
+def test_it_compiles_as_one_graph_with_equal_results(case: Case, impl: Impl) -> None:
     dtype = runnable(impl, case.dtypes)[0]
+    if (case.name, impl.name) == ("adamw_step", "torch"):
+        pytest.skip("torch does not let torch.compile into its fused optimisers")
     sample = case.make(next(iter(case.sizes.values())), dtype)
     torch._dynamo.reset()
     # aot_eager traces forward and backward through the fake kernels without generating code: the op is what is tested.
@@ -176,10 +247,35 @@ def test_unknown_instructions_are_refused_with_the_choices() -> None:
     assert "generic" in done.stderr.splitlines()[-1]
 
 
-def test_a_wrong_implementation_is_noticed() -> None:
-    case = next(c for c in CASES if c.name == "rms_norm")
-    sample = case.make((5, 40), torch.float32)
-    exact, expected = results(case.reference, sample.double()), results(case.reference, sample)
-    wrong = [*expected[:-1], expected[-1] * (1 + 1e-4)]
-    with pytest.raises(AssertionError, match="result 2 of a mutant: error"):
-        assert_close_to_float64(wrong, expected, exact, sample, "a mutant")
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_wrong_result_is_noticed(case: Case) -> None:
+    """Each result in turn: in bf16 an output 2 % and a gradient 10 % off, in a case of fp32 either by 1e-4; whole numbers by one."""
+    for dtype in case.dtypes:
+        sample = case.make(next(iter(case.sizes.values())), dtype)
+        exact, expected = results(case.reference, sample.double()), results(case.reference, sample)
+        assert_close_to_float64(expected, expected, exact, sample, "the reference")
+        for index, right in enumerate(expected):
+            is_output = index < len(expected) - len(sample.wanted)
+            part = 1e-4 if dtype == torch.float32 and right.dtype != torch.bfloat16 else 0.02 if is_output else 0.1
+            wrong = right * (1 + part) if right.is_floating_point() else right + 1
+            with pytest.raises(AssertionError, match=f"result {index} of a mutant in {dtype}(: error| differs)"):
+                assert_close_to_float64([*expected[:index], wrong, *expected[index + 1 :]], expected, exact, sample, f"a mutant in {dtype}")
+
+
+# Implementations that have no case, and why. The name alone of a table's function says nothing of which ones run.
+NOT_IN_A_CASE = {
+    ("attention", "sdpa"): "rounds probabilities in every step; held to a bound of its own in test_attention_op.py",
+}
+
+
+@pytest.mark.parametrize("function", [*TABLES, *LAYOUT_TABLES])
+def test_every_function_that_layers_can_ask_for_has_a_case(function: str) -> None:
+    table = {**TABLES, **LAYOUT_TABLES}[function]
+    cases = [case for case in CASES if case.name == function]
+    assert cases, f"no case in tests/kernels/cases/ has the name {function}"
+    for case in cases:
+        # A case may wrap the functions to hand their arguments over one by one.
+        run = [inspect.unwrap(impl.fn) for impl in case.impls]
+        assert run[-1] is inspect.unwrap(table[-1].fn)
+        missing = [impl.name for impl in table if inspect.unwrap(impl.fn) not in run and (function, impl.name) not in NOT_IN_A_CASE]
+        assert not missing, f"{function}: {missing} are in no case"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.kernels.attention import BLOCK_BACKWARD_IMPLS, BLOCK_IMPLS, LSE_IMPLS
+from dist_llm.kernels.attention import BLOCK_BACKWARD_IMPLS, BLOCK_IMPLS, IMPLS, LSE_IMPLS
 from tests.kernels.case import Case, Sample, results
 
 # B, T, S, N, K, H, and options: "documents" are of that many tokens, "elsewhere" are queries with documents of their own.
@@ -40,6 +40,8 @@ GPU_SIZES: dict[str, Size] = {
     "a layer of a model": ((2, 2048, 2048, 16, 4, 128), {"causal": True}),
     "long, with a window": ((1, 8192, 8192, 8, 8, 64), {"causal": True, "window": 512}),
 }
+# Attention without its log-sum-exp, which differs by what it returns alone.
+PLAIN_SIZES = {name: SIZES[name] for name in ("head dim 40, documents", "some tokens after many, everything", "one token", "no row")}
 # Parts of keys are causal or not, with documents, scale and soft cap; windows and slopes are for whole rows.
 BLOCK_OPTIONS = ("causal", "documents", "elsewhere", "scale", "soft_cap")
 
@@ -67,43 +69,52 @@ def options_of(shape: tuple[int, ...], options: Mapping[str, Any]) -> dict[str, 
     return made
 
 
-def with_scales(sample: Sample, reference: Callable[..., Any], dtype: torch.dtype, gradients_from: int) -> Sample:
-    """Terms of the results: of the largest number of a result, where gradients share theirs, and of a log-sum-exp at least 1.
+def with_scales(sample: Sample, reference: Callable[..., Any], dtype: torch.dtype, names: str, *, first: int = 0) -> Sample:
+    """Terms of the results: of the largest number of a result, where dq and dk share that of dv too, and of a log-sum-exp at least 1.
 
     What follows from two fp32 roundings of the terms of a score, which change a probability by that factor, is no error, and neither is
-    one rounding of a probability to the dtype of the values.
+    one rounding of a probability to the dtype of the values. dq and dk are sums of differences, which vanish where a query sees one key.
+
+    Args:
+        sample: arguments with q and k at ``first`` and behind it.
+        reference: the definition.
+        dtype: of the values.
+        names: of the results, in their order.
+        first: position of q.
     """
-    q, k = (t.double().abs() for t in (sample.args[gradients_from], sample.args[gradients_from + 1]))
+    q, k = (t.double().abs() for t in sample.args[first : first + 2])
     if q.numel() * k.numel() == 0:
         return sample
     products = torch.einsum("btnh,bsnh->bnts", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
     scale = abs(sample.kwargs.get("scale") or q.shape[3] ** -0.5)
     score_error = 2 * torch.finfo(torch.float32).eps * products.max().item() * scale
     exact = results(reference, sample.double())
-    num_outputs = 2 if gradients_from == 0 else 0
-    gradients = max((t.abs().max().item() for t in exact[num_outputs:]), default=0.0)
-    scales = {}
-    for index, result in enumerate(exact):
-        is_lse = num_outputs == 2 and index == 1
-        largest = gradients if index >= num_outputs else max(result.abs().max().item(), 1.0 if is_lse else 0.0)
-        unit = torch.finfo(torch.float32 if is_lse else dtype).eps
-        # The suite counts one spacing of the result's dtype, four of fp32.
-        is_fp32 = is_lse or dtype == torch.float32 or not sample.wanted
-        spacing = 4 * torch.finfo(torch.float32).eps if is_fp32 else unit
-        scales[index] = largest * (score_error + unit) / spacing
-    return replace(sample, scales=scales)
+    terms = {name: t.abs().max().item() for name, t in zip(names.split(), exact, strict=True)}
+    if "dq" in terms:
+        terms["dq"] = terms["dk"] = max(terms["dq"], terms["dk"], terms["dv"])
+    if "lse" in terms:
+        terms["lse"] = max(terms["lse"], 1.0)
+    allowed = {name: size * (score_error + torch.finfo(torch.float32 if name == "lse" else dtype).eps) for name, size in terms.items()}
+    # The suite counts four spacings of fp32.
+    return replace(sample, scales={n: size / (4 * torch.finfo(torch.float32).eps) for n, size in enumerate(allowed.values())})
 
 
 def make(size: Size, dtype: torch.dtype) -> Sample:
     shape, options = size
     sample = Sample(tuple(tensors(shape, dtype)[:3]), options_of(shape, options), wanted=(0, 1, 2))
-    return with_scales(sample, LSE_IMPLS[-1].fn, dtype, 0)
+    return with_scales(sample, LSE_IMPLS[-1].fn, dtype, "out lse dq dk dv")
+
+
+def make_plain(size: Size, dtype: torch.dtype) -> Sample:
+    shape, options = size
+    sample = Sample(tuple(tensors(shape, dtype)[:3]), options_of(shape, options), wanted=(0, 1, 2))
+    return with_scales(sample, IMPLS[-1].fn, dtype, "out dq dk dv")
 
 
 def make_block(size: Size, dtype: torch.dtype) -> Sample:
     shape, options = size
     kept = {name: value for name, value in options.items() if name in BLOCK_OPTIONS}
-    return with_scales(Sample(tuple(tensors(shape, dtype)[:3]), options_of(shape, kept)), BLOCK_IMPLS[-1].fn, dtype, 0)
+    return with_scales(Sample(tuple(tensors(shape, dtype)[:3]), options_of(shape, kept)), BLOCK_IMPLS[-1].fn, dtype, "out lse")
 
 
 def make_block_backward(size: Size, dtype: torch.dtype) -> Sample:
@@ -116,7 +127,7 @@ def make_block_backward(size: Size, dtype: torch.dtype) -> Sample:
     if "doc_ids" in made:
         made["doc_ids"] = made["doc_ids"][:, half:]
     sample = Sample((dout, q, k[:, half:], v[:, half:], out.to(dtype), lse), made)
-    return with_scales(sample, BLOCK_BACKWARD_IMPLS[-1].fn, dtype, 1)
+    return with_scales(sample, BLOCK_BACKWARD_IMPLS[-1].fn, dtype, "dq dk dv", first=1)
 
 
 def checks(dtype: torch.dtype) -> Sequence[tuple[Any, tuple[Any, ...]]]:
@@ -124,18 +135,20 @@ def checks(dtype: torch.dtype) -> Sequence[tuple[Any, tuple[Any, ...]]]:
     q, k, v, dout = tensors(shape, dtype)
     dlse = torch.ones(2, 4, 11)
     everything = {"causal": False, "documents": 9, "window": 4, "alibi": True, "soft_cap": 2.0}
+    asked: list[tuple[dict[str, Any], bool, torch.Tensor | None]] = [
+        ({"causal": True}, False, None),
+        ({"causal": True}, True, None),
+        (everything, True, dlse),
+        ({"causal": False, "elsewhere": 5}, False, dlse),
+    ]
     found: list[tuple[Any, tuple[Any, ...]]] = []
-    for options in ({"causal": True}, everything, {"causal": False, "elsewhere": 5}):
+    for options, fp32_out, given_dlse in asked:
         made = options_of(shape, options)
-        documents = (made.get("doc_ids"), made.get("query_doc_ids"))
         numbers = (made["causal"], made.get("window", 0), 0.2, made.get("soft_cap", 0.0))
-        for fp32_out in (False, True):
-            given = (*documents, made.get("alibi_slopes"), *numbers, fp32_out)
-            leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-            out, lse = torch.ops.dist_llm.attention(q, k, v, *given)
-            found.append((torch.ops.dist_llm.attention, (*leaves, *given)))
-            for given_dlse in (dlse, None):
-                found.append((torch.ops.dist_llm.attention_backward, (dout, given_dlse, q, k, v, out.to(dtype), lse, *given)))
+        given = (made.get("doc_ids"), made.get("query_doc_ids"), made.get("alibi_slopes"), *numbers, fp32_out)
+        out, lse = torch.ops.dist_llm.attention(q, k, v, *given)
+        found.append((torch.ops.dist_llm.attention, (*(t.clone().requires_grad_() for t in (q, k, v)), *given)))
+        found.append((torch.ops.dist_llm.attention_backward, (dout, given_dlse, q, k, v, out.to(dtype), lse, *given)))
     return found
 
 
@@ -148,6 +161,7 @@ def no_checks(dtype: torch.dtype) -> Sequence[tuple[Any, tuple[Any, ...]]]:
 # Torch's own attention is held to a bound of its own in test_attention_op.py: it rounds probabilities in every step.
 CASES = [
     Case("attention_lse", LSE_IMPLS, SIZES, make, checks, gpu_sizes=GPU_SIZES),
+    Case("attention", tuple(i for i in IMPLS if i.name != "sdpa"), PLAIN_SIZES, make_plain, no_checks, gpu_sizes=GPU_SIZES),
     Case("attention_block", tuple(i for i in BLOCK_IMPLS if i.name != "sdpa"), SIZES, make_block, no_checks),
     Case("attention_block_backward", tuple(i for i in BLOCK_BACKWARD_IMPLS if i.name != "sdpa"), SIZES, make_block_backward, no_checks),
 ]

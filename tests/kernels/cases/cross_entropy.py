@@ -94,6 +94,7 @@ def checks(dtype: torch.dtype) -> Sequence[tuple[Any, tuple[Any, ...]]]:
         (ops.cross_entropy_backward, (torch.tensor(0.37), logits, targets, row_max, row_sum, IGNORE, 0.1, 0)),
         (ops.cross_entropy_partials, (logits, targets, IGNORE, 3)),
         (ops.cross_entropy_grad_, (logits.clone(), targets, IGNORE, 0.1)),
+        (ops.cross_entropy_add_, (torch.zeros(5, 40), logits)),
     ]
 
 

@@ -44,8 +44,8 @@ def make_route(size: tuple[int, int, int, dict[str, Any]], dtype: torch.dtype) -
     kwargs = dict(options)
     if kwargs.pop("bias", False):
         kwargs["bias"] = 0.2 * torch.randn(num_experts, generator=generator)
-    # A gradient is a difference; arriving ones are at most 3. In bf16 its rounding is larger than what cancels.
-    scales = {4: 6 * (1 + kwargs.get("scale", 1.0))} if dtype == torch.float32 else {}
+    # A gradient is a difference; arriving ones are at most 3.
+    scales = {4: 6 * (1 + kwargs.get("scale", 1.0))}
     return Sample((logits, top_k), kwargs=kwargs, wanted=(0,), scales=scales)
 
 
@@ -110,8 +110,8 @@ def make_permute(size: Routed, dtype: torch.dtype) -> Sample:
     generator = torch.Generator().manual_seed(11)
     experts = size.draw(generator)
     x = torch.randn(size.tokens, size.width, generator=generator).to(dtype)
-    scales = {4: 3.0 * size.top_k} if dtype == torch.float32 else {}  # the gradients of a token's slots can cancel
-    return Sample((x, experts, size.experts), wanted=(0,), scales=scales)
+    # The gradients of a token's slots can cancel.
+    return Sample((x, experts, size.experts), wanted=(0,), scales={4: 3.0 * size.top_k})
 
 
 def make_unpermute(size: Routed, dtype: torch.dtype) -> Sample:
@@ -122,7 +122,7 @@ def make_unpermute(size: Routed, dtype: torch.dtype) -> Sample:
     scales = {}
     if rows.numel() > 0:
         largest_dot = float(3 * rows.double().abs().sum(-1).max())
-        scales = {2: largest_dot, **({0: float(size.top_k * rows.abs().max())} if dtype == torch.float32 else {})}
+        scales = {0: float(size.top_k * rows.abs().max()), 2: largest_dot}
     return Sample((rows, source, weights), kwargs={"top_k": size.top_k}, wanted=(0, 2), scales=scales)
 
 
