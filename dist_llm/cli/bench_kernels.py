@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import time
 from typing import Any
 
 __all__ = ["add_all_arguments", "add_arguments", "misplaced", "run", "run_all"]
-
-_ROUNDS = 9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,16 +30,27 @@ def _common(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     # None instead of the default: an option of `bench --all` that stands before a case can then be told from one that was not given.
     parser.add_argument("--threads", dest=f"{prefix}threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument(
-        "--rounds", dest=f"{prefix}rounds", type=int, default=None, metavar="N", help="interleaved rounds; medians are reported (default 9)"
+        "--rounds",
+        dest=f"{prefix}rounds",
+        type=int,
+        default=None,
+        metavar="N",
+        help="interleaved rounds; medians are reported (default 9, fewer where one takes seconds)",
     )
     parser.add_argument(
         "--malloc", dest=f"{prefix}malloc", choices=["tuned", "default", "both"], default=None,
-        help="glibc's allocator: tuned as `train` sets it (default), as it comes, or one after the other",
+        help="glibc's allocator: tuned as `train` sets it (default), as it comes, or one after the other, the second with at most 3 rounds",
     )  # fmt: skip
     parser.add_argument("--device", dest=f"{prefix}device", choices=["cpu", "cuda"], default=None, help="default: a GPU where there is one")
 
 
-def _device(requested: str | None, threads: int | None, rounds: int) -> Any:
+def _say(line: str) -> None:
+    from dist_llm.bench.kernels.run import PROGRESS
+
+    print(f"{PROGRESS}{line}", file=sys.stderr, flush=True)
+
+
+def _device(requested: str | None, threads: int | None, rounds: int | None) -> Any:
     import torch
 
     from dist_llm.utils.errors import ConfigError
@@ -61,13 +70,14 @@ def misplaced(arguments: argparse.Namespace) -> str | None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``dist-llm bench CASE`` of a kernel; exit code 1 when ours is less accurate than the best peer."""
+    from dist_llm.bench.answer import encode
     from dist_llm.bench.kernels.run import case_as_text, run_case
     from dist_llm.utils.errors import ExitCode
 
-    rounds, malloc = _ROUNDS if arguments.rounds is None else arguments.rounds, arguments.malloc or "tuned"
+    rounds, malloc = arguments.rounds, arguments.malloc or "tuned"
     device = _device(arguments.device, arguments.threads, rounds)
-    answer = run_case(arguments.case, device, threads=arguments.threads, rounds=rounds, malloc=malloc, only=arguments.peer)
-    print(json.dumps(answer) if arguments.json else case_as_text(answer))
+    answer = run_case(arguments.case, device, threads=arguments.threads, rounds=rounds, malloc=malloc, only=arguments.peer, say=_say)
+    print(encode(answer) if arguments.json else case_as_text(answer))
     return ExitCode.DONE if answer["ok"] else ExitCode.CHECK_FAILED
 
 
@@ -81,15 +91,16 @@ def run_all(arguments: argparse.Namespace) -> int:
     from dist_llm.utils.errors import ConfigError, ExitCode
     from dist_llm.utils.files import write_atomic
 
-    rounds, malloc = _ROUNDS if arguments.all_rounds is None else arguments.all_rounds, arguments.all_malloc or "tuned"
+    rounds, malloc = arguments.all_rounds, arguments.all_malloc or "tuned"
     device = _device(arguments.all_device, arguments.all_threads, rounds)
     out = Path(arguments.all_out) if arguments.all_out else None
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the directory {out.parent} is not there")
     answers: list[dict[str, Any]] = []
+    start = time.monotonic()
     for name in KERNEL_CASES:
-        print(f"bench: {name} ({len(answers) + 1} of {len(KERNEL_CASES)})", file=sys.stderr, flush=True)
-        answers.append(run_in_process(name, device, threads=arguments.all_threads, rounds=rounds, malloc=malloc))
+        _say(f"case {len(answers) + 1} of {len(KERNEL_CASES)}: {name}, after {time.monotonic() - start:.0f} s")
+        answers.append(run_in_process(name, device, threads=arguments.all_threads, rounds=rounds, malloc=malloc, say=_say))
     page = kernels_page(answers)
     if out is None:
         print(page, end="")

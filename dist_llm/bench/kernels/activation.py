@@ -21,9 +21,9 @@ def eager_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def races(device: torch.device) -> list[Race]:
+def races(device: torch.device, *, tiny: bool = False) -> list[Race]:
     """bf16, forward and backward, at the hidden layer of a small model (on a GPU of a large one)."""
-    rows, dim = (3072, 1536) if device.type == "cpu" else (16384, 11008)
+    rows, dim = (5, 48) if tiny else (3072, 1536) if device.type == "cpu" else (16384, 11008)
     x, up = (torch.randn(rows, dim, device=device).bfloat16() for _ in range(2))
     bias = torch.randn(dim, device=device).bfloat16()
     gelu, swiglu = (raced(table, device, x.dtype).fn for table in (GELU_IMPLS, SWIGLU_IMPLS))

@@ -29,10 +29,12 @@ def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def races(device: torch.device) -> list[Race]:
+def races(device: torch.device, *, tiny: bool = False) -> list[Race]:
     """bf16, forward and backward; the first is the standard shape."""
     ours, reference = raced(IMPLS, device, torch.bfloat16).fn, IMPLS[-1].fn
     shapes = [(2, 1024, 12, 64), (12, 256, 6, 64)] if device.type == "cpu" else [(4, 4096, 16, 128), (8, 2048, 16, 64)]
+    if tiny:
+        shapes = [(2, 33, 2, 64)]
     return [
         Race(
             title="causal attention bf16 B {} S {} H {} D {}".format(*shape),

@@ -20,12 +20,13 @@ def eager(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
-def races(device: torch.device) -> list[Race]:
+def races(device: torch.device, *, tiny: bool = False) -> list[Race]:
     """Forward and backward; the first is the standard shape."""
     made = []
     bf16, fp32 = torch.bfloat16, torch.float32
     on_cpu = [(512, 50304, bf16), (4096, 1024, bf16), (3072, 65, bf16), (512, 50304, fp32)]
-    for rows, vocab, dtype in on_cpu if device.type == "cpu" else [(8192, 50304, bf16), (8192, 128256, bf16)]:
+    on_gpu = [(8192, 50304, bf16), (8192, 128256, bf16)]
+    for rows, vocab, dtype in [(7, 33, bf16), (7, 33, fp32)] if tiny else on_cpu if device.type == "cpu" else on_gpu:
         logits = (3 * torch.randn(rows, vocab, device=device)).to(dtype)
         made.append(
             Race(

@@ -53,14 +53,14 @@ def eager_gather(logits: torch.Tensor, x: torch.Tensor, top_k: int) -> torch.Ten
     return (slots * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-def races(device: torch.device) -> list[Race]:
+def races(device: torch.device, *, tiny: bool = False) -> list[Race]:
     """bf16, forward and backward, top 2; the first is the standard shape, the second shows what 256 experts cost."""
-    tokens, width = (8192, 512) if device.type == "cpu" else (32768, 2048)
+    tokens, width = (24, 16) if tiny else (8192, 512) if device.type == "cpu" else (32768, 2048)
     ours = chain(*(raced(impls, device, torch.bfloat16).fn for impls in (ROUTE_IMPLS, PERMUTE_IMPLS, UNPERMUTE_IMPLS)))
     definition = chain(*(impls[-1].fn for impls in (ROUTE_IMPLS, PERMUTE_IMPLS, UNPERMUTE_IMPLS)))
     top_k = 2
     made = []
-    for experts in (8, 256):
+    for experts in (8,) if tiny else (8, 256):
         x = torch.randn(tokens, width, device=device).bfloat16()
         made.append(
             Race(

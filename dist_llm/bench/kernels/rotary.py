@@ -16,9 +16,9 @@ def eager(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def races(device: torch.device) -> list[Race]:
+def races(device: torch.device, *, tiny: bool = False) -> list[Race]:
     """bf16, forward and backward; the second time queries are a part of a fused projection."""
-    batch, tokens, heads, head_dim = (12, 256, 24, 64) if device.type == "cpu" else (8, 2048, 32, 128)
+    batch, tokens, heads, head_dim = (2, 5, 3, 16) if tiny else (12, 256, 24, 64) if device.type == "cpu" else (8, 2048, 32, 128)
     qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device).bfloat16()
     angles = 6.3 * torch.rand(batch, tokens, 1, head_dim // 2, device=device)
     shape = f"bf16 {batch} x {tokens} x {heads} x {head_dim}"

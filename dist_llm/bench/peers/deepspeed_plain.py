@@ -36,13 +36,28 @@ class DeepSpeedPlainStep:
             "steps_per_print": 10**9,
             "zero_allow_untested_optimizer": True,
         }
+        masters = [p.detach().clone() for p in (*decayed, *plain)]
         # It prints memory figures to stdout, which belongs to the answer of the race.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        # To allocate the moments it has taken a step with zero gradients, which AdamW has counted: the bias corrections of all steps to
+        # come would be those of the next. The masters were rounded to bf16 before that, and decayed by it.
+        wrapped = self.engine.optimizer
+        for state in wrapped.optimizer.state.values():
+            state["step"].zero_()
+        for master, before in zip((p for group in wrapped.fp32_groups for p in group), masters, strict=True):
+            master.data.copy_(before)
 
-    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> float:
-        """One step; the loss."""
+    def backward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss; its gradients are in the engine's module."""
         loss = F.cross_entropy(self.engine(tokens).float().flatten(0, 1), targets.flatten())
         self.engine.backward(loss)
+        return loss.detach()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """As ``PlainStep.gradients``."""
+        return {name: p.grad for name, p in self.engine.module.named_parameters() if p.grad is not None}
+
+    def update(self) -> None:
+        """Clip, and step with the gradients."""
         self.engine.step()
-        return float(loss.detach())

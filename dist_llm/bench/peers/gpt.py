@@ -15,7 +15,7 @@ from torch import nn
 
 from dist_llm.config.schema import ModelConfig, OptimConfig
 
-__all__ = ["PlainGPT", "PlainStep", "peer_tensors"]
+__all__ = ["PeerModel", "PlainGPT", "PlainStep", "peer_tensors"]
 
 
 class _Block(nn.Module):
@@ -36,7 +36,15 @@ class _Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
-class PlainGPT(nn.Module):
+class PeerModel(nn.Module):
+    """Tokens (B, T) int64 to logits (B, T, V)."""
+
+    def as_plain(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors under this model's names, such as gradients, under those of ``PlainGPT``."""
+        raise NotImplementedError
+
+
+class PlainGPT(PeerModel):
     """Tokens to logits. Weights are taken over from ours, so that both compute the same function."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
@@ -53,6 +61,10 @@ class PlainGPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.embedding.weight)
+
+    def as_plain(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """They are its own names."""
+        return named
 
 
 def peer_tensors(ours: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
@@ -78,7 +90,7 @@ class PlainStep:
         compiles: run the model under ``torch.compile``; the first step then compiles.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, *, masters: bool, compiles: bool = False) -> None:
+    def __init__(self, model: PeerModel, optim: OptimConfig, *, masters: bool, compiles: bool = False) -> None:
         self.model = model
         self.logits: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if compiles else model
         self.clip_norm = optim.clip_norm
@@ -92,7 +104,7 @@ class PlainStep:
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
         self.trained = trained
 
-    def forward_backward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def backward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss; its gradients are in the model's parameters."""
         autocast = contextlib.nullcontext() if self.masters else torch.autocast(tokens.device.type, torch.bfloat16)
         with autocast:
@@ -101,9 +113,12 @@ class PlainStep:
         torch.autograd.backward(loss)
         return loss.detach()
 
-    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> float:
-        """One step; the loss."""
-        loss = self.forward_backward(tokens, targets)
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Between ``backward`` and ``update``: the gradients as they are, under the names of ``PlainGPT``."""
+        return self.model.as_plain({name: p.grad for name, p in self.model.named_parameters() if p.grad is not None})
+
+    def update(self) -> None:
+        """Clip, and step with the gradients."""
         if self.masters is not None:
             for master, low in zip(self.masters, self.model.parameters(), strict=True):
                 assert low.grad is not None
@@ -115,4 +130,3 @@ class PlainStep:
         if self.masters is not None:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.model.parameters()), self.masters)
-        return float(loss)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from dist_llm.bench.peers.gpt import peer_tensors
+from dist_llm.bench.peers.gpt import PeerModel, peer_tensors
 from dist_llm.config.schema import ModelConfig
 
 __all__ = ["HuggingFaceGPT", "why_not_hugging_face"]
@@ -19,8 +19,12 @@ def why_not_hugging_face() -> str | None:
     return None if importlib.util.find_spec("transformers") else "transformers is not installed (pip install transformers)"
 
 
-class HuggingFaceGPT(nn.Module):
-    """Tokens to logits, as ``PlainGPT``."""
+class HuggingFaceGPT(PeerModel):
+    """Tokens to logits, as ``PlainGPT``.
+
+    Raises:
+        RuntimeError: this transformers has weights that ours do not fill, or lacks some of ours.
+    """
 
     def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -34,7 +38,16 @@ class HuggingFaceGPT(nn.Module):
                 bos_token_id=0, eos_token_id=0,
             )
         )  # fmt: skip
-        self.gpt.load_state_dict(_renamed(peer_tensors(weights, config.num_layers), config.num_layers), strict=False)
+        self.num_layers = config.num_layers
+        peer = peer_tensors(weights, config.num_layers)
+        named = {theirs: peer[mine].t().contiguous() if turned else peer[mine] for mine, theirs, turned in _names(self.num_layers)}
+        # The head is tied to the embedding; masks of attention are buffers in some versions.
+        missing, unexpected = self.gpt.load_state_dict(named, strict=False)
+        missing = set(missing) - {"lm_head.weight", *(name for name, _ in self.gpt.named_buffers())}
+        if missing or unexpected:
+            raise RuntimeError(
+                f"Hugging Face's GPT-2 has other weights than ours: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+            )
         self.gpt.tie_weights()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -42,15 +55,19 @@ class HuggingFaceGPT(nn.Module):
         logits: torch.Tensor = self.gpt(input_ids=tokens).logits
         return logits
 
+    def as_plain(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors under Hugging Face's names under those of ``PlainGPT``."""
+        return {mine: named[f"gpt.{theirs}"].t() if turned else named[f"gpt.{theirs}"] for mine, theirs, turned in _names(self.num_layers)}
 
-def _renamed(peer: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
-    theirs = {"transformer.wte.weight": peer["embedding.weight"], "transformer.wpe.weight": peer["positions.weight"]}
-    modules = {"norm1": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj", "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+
+def _names(num_layers: int) -> Iterator[tuple[str, str, bool]]:
+    """Name in ``PlainGPT``, name in Hugging Face's, and whether it is stored the other way round: GPT-2's projections are (inputs, outputs)."""
+    yield "embedding.weight", "transformer.wte.weight", False
+    yield "positions.weight", "transformer.wpe.weight", False
+    norms = {"norm1": "ln_1", "norm2": "ln_2"}
+    projections = {"qkv": "attn.c_attn", "out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
     for kind in ("weight", "bias"):
-        theirs[f"transformer.ln_f.{kind}"] = peer[f"norm.{kind}"]
+        yield f"norm.{kind}", f"transformer.ln_f.{kind}", False
         for i in range(num_layers):
-            for mine, name in modules.items():
-                value = peer[f"blocks.{i}.{mine}.{kind}"]
-                # GPT-2's projections are stored (inputs, outputs).
-                theirs[f"transformer.h.{i}.{name}.{kind}"] = value.t().contiguous() if value.ndim == 2 else value
-    return theirs
+            for mine, theirs in {**norms, **projections}.items():
+                yield f"blocks.{i}.{mine}.{kind}", f"transformer.h.{i}.{theirs}.{kind}", mine in projections and kind == "weight"

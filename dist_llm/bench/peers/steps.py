@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -13,7 +13,22 @@ from dist_llm.config.schema import RunConfig
 
 __all__ = ["AUTOCAST", "BF16_WEIGHTS", "TITLES", "PeerStep", "build_peers"]
 
-PeerStep = Callable[[torch.Tensor, torch.Tensor], float]
+
+class PeerStep(Protocol):
+    """A training step in two halves, so that the gradients can be seen between them."""
+
+    def backward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Tokens and targets (B, T) to the mean loss."""
+        ...
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Unclipped, by the names of ``PlainGPT``."""
+        ...
+
+    def update(self) -> None:
+        """Clip, step, and forget the gradients."""
+        ...
+
 
 # Each name with what people call it.
 TITLES = {
@@ -39,7 +54,7 @@ def build_peers(config: RunConfig, weights: dict[str, torch.Tensor], device: tor
         device: where they run.
 
     Returns:
-        name -> training step (tokens, targets) -> loss; name -> reason.
+        name -> training step; name -> reason.
     """
     model, optim = config.model, config.optim
 
