@@ -27,13 +27,13 @@ inline void check_table(const Tensor& table, const Tensor& x, const char* name) 
   STD_TORCH_CHECK(fits, name, " ", shape_of(table), " must be (B, T, 1, H/2) for x (B, T, N, H) ", shape_of(x));
   STD_TORCH_CHECK(
       table.scalar_type() == ScalarType::Float, name, " must be fp32, not ", torch::headeronly::toString(table.scalar_type()));
-  STD_TORCH_CHECK(table.size(3) == 1 || table.stride(3) == 1, name, " must have a last dimension of stride 1, not ", table.stride(3));
+  STD_TORCH_CHECK(table.size(3) == 1 || table.stride(3) == 1 || table.numel() == 0, name, " must have a last dimension of stride 1, not ", table.stride(3));
   check_same_device(table, x, name, "x");
 }
 
 inline Shape check_input(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   STD_TORCH_CHECK(x.dim() == 4 && x.size(3) >= 2 && x.size(3) % 2 == 0, "x ", shape_of(x), " must be (B, T, N, H) with H even");
-  STD_TORCH_CHECK(x.stride(3) == 1, "x must have a last dimension of stride 1, not ", x.stride(3), "; call .contiguous() on it first");
+  STD_TORCH_CHECK(x.stride(3) == 1 || x.numel() == 0, "x must have a last dimension of stride 1, not ", x.stride(3), "; call .contiguous() on it first");
   check_table(cos, x, "cos");
   check_table(sin, x, "sin");
   return {x.size(0), x.size(1), x.size(2), x.size(3) / 2, {x.stride(0), x.stride(1), x.stride(2)},

@@ -103,9 +103,15 @@ def test_copies_are_the_new_parameters_rounded(impl: Impl) -> None:
 def test_parameters_of_any_strides_are_updated_where_they_lie(impl: Impl) -> None:
     plain = [torch.arange(12.0).view(3, 4)]
     scattered = [torch.arange(12.0).view(3, 4).t().contiguous().t()]
+    grad, moments = torch.arange(12.0).view(3, 4), []
     for params in (plain, scattered):
-        impl.fn(params, [torch.ones(3, 4)], [torch.zeros(3, 4)], [torch.zeros(4, 3).t()], step=1, **NUMBERS)
+        moments.append([torch.arange(12.0).view(3, 4) + 1, (torch.arange(12.0).view(3, 4) + 2).t().contiguous().t()])
+        impl.fn(params, [grad], moments[-1][:1], moments[-1][1:], step=1, **NUMBERS)
     assert torch.equal(plain[0], scattered[0])
+    assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+    expected = [torch.arange(12.0).view(3, 4)]
+    adamw_step_reference(expected, [grad], [torch.arange(12.0).view(3, 4) + 1], [torch.arange(12.0).view(3, 4) + 2], step=1, **NUMBERS)
+    torch.testing.assert_close(plain[0], expected[0], rtol=1e-6, atol=1e-6)
 
 
 def test_torchs_fused_kernel_gets_gradients_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:

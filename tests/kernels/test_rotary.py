@@ -124,3 +124,11 @@ def test_the_op_refuses_what_it_cannot_do() -> None:
 
 def test_why_not_native_names_the_dtypes_it_takes() -> None:
     assert "not torch.float64" in str(why_not_native(CPU, torch.float64))
+
+
+@needs_native
+def test_an_empty_batch_has_a_gradient() -> None:
+    cos, sin = table(1, 5, 8)
+    x = torch.randn(0, 5, 2, 8, requires_grad=True)
+    rotary_native(x, cos, sin).sum().backward()  # what arrives is one number at stride 0
+    assert x.grad is not None and x.grad.shape == x.shape

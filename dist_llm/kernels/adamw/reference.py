@@ -160,12 +160,14 @@ def adamw_step_torch(
     check_lists(params, grads, exp_avgs, exp_avg_sqs, copies)
     is_scaled = isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0
     for part in _parts(params):
-        wide = [grad.to(param.dtype) for grad, param in zip(grads[part], params[part], strict=True)]
+        wide = [_laid_like(param, grad.to(param.dtype)) for grad, param in zip(grads[part], params[part], strict=True)]
+        kept = (exp_avgs[part], exp_avg_sqs[part])
+        moments = [[_laid_like(param, m) for param, m in zip(params[part], lists, strict=True)] for lists in kept]
         adamw(
             list(params[part]),
             [grad * grad_scale for grad in wide] if is_scaled else wide,
-            list(exp_avgs[part]),
-            list(exp_avg_sqs[part]),
+            moments[0],
+            moments[1],
             [],
             # It counts the step itself.
             [torch.full((), step - 1, dtype=torch.float32, device=param.device) for param in params[part]],
@@ -178,8 +180,19 @@ def adamw_step_torch(
             eps=eps,
             maximize=False,
         )
+        for moment, laid in zip((*kept[0], *kept[1]), (*moments[0], *moments[1]), strict=True):
+            if laid is not moment:
+                moment.copy_(laid)
     for copy, param in zip(copies or (), params, strict=copies is not None):
         copy.copy_(param)
+
+
+def _laid_like(param: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in memory as ``param`` lies there: torch's fused AdamW goes through both as if they did, and says nothing where they do not."""
+    sizes = param.shape
+    if all(size == 1 or a == b for size, a, b in zip(sizes, param.stride(), tensor.stride(), strict=True)) or tensor.numel() == 0:
+        return tensor
+    return torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ def why_not_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def onednn_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """X A^T + b without a gradient; no argument may be empty."""
+    bias = None if bias is None else bias.contiguous()  # it reads one as if it were
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
     return y
 
