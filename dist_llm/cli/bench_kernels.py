@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME", help="race only this peer (eager, compile, ...); may be repeated"
     )
+    parser.add_argument("--times-only", action="store_true", help="no errors against float64 and no yardsticks, which take the most time")
     parser.add_argument("--json", action="store_true", help="answer with one JSON object on stdout")
 
 
@@ -39,7 +40,7 @@ def _common(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     )
     parser.add_argument(
         "--malloc", dest=f"{prefix}malloc", choices=["tuned", "default", "both"], default=None,
-        help="glibc's allocator: tuned as `train` sets it (default), as it comes, or one after the other, the second with at most 3 rounds",
+        help="glibc's allocator: tuned as `train` sets it (default), as it comes, or one after the other, the second with at most 3 rounds and times only",
     )  # fmt: skip
     parser.add_argument("--device", dest=f"{prefix}device", choices=["cpu", "cuda"], default=None, help="default: a GPU where there is one")
 
@@ -76,7 +77,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     rounds, malloc = arguments.rounds, arguments.malloc or "tuned"
     device = _device(arguments.device, arguments.threads, rounds)
-    answer = run_case(arguments.case, device, threads=arguments.threads, rounds=rounds, malloc=malloc, only=arguments.peer, say=_say)
+    answer = run_case(
+        arguments.case,
+        device,
+        threads=arguments.threads,
+        rounds=rounds,
+        malloc=malloc,
+        only=arguments.peer,
+        times_only=arguments.times_only,
+        say=_say,
+    )
     print(encode(answer) if arguments.json else case_as_text(answer))
     return ExitCode.DONE if answer["ok"] else ExitCode.CHECK_FAILED
 

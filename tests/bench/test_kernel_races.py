@@ -54,6 +54,14 @@ def test_a_race_reports_times_ratio_ceiling_and_errors() -> None:
     assert "| a product |" in page and "torch.compile does not race: it is a test" in page and "medians of 2 interleaved rounds" in page
 
 
+def test_times_only_leaves_out_errors_and_yardsticks() -> None:
+    race = make_race(yardsticks={"beside": scaled}, definitions={"our reference": scaled})
+    answer = run_race(race, CPU, rounds=1, times_only=True)
+    assert answer["ratio"] > 0 and answer["err"] is None and answer["peer_err"] is None and answer["yardsticks"] == {}
+    whole = {**answer, "case": "c", "races": [answer], "malloc": "tuned", "torch": torch.__version__, "ok": True}
+    assert "| a product |" in kernels_page([whole]) and "error" not in case_as_text(whole)
+
+
 def test_the_less_accurate_is_told_from_the_lucky() -> None:
     def rough(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x * weight.bfloat16().float()
@@ -191,7 +199,7 @@ def test_the_untuned_process_does_not_inherit_what_tuning_sets(monkeypatch: pyte
     monkeypatch.setattr(run, "run_in_process", lambda *args, **options: seen.update(options) or {})
     run_case("rms_norm", CPU, threads=None, rounds=5, malloc="both")
     assert os.environ[name] == "1" and seen["env"].get(name) == set_by_user
-    assert seen["malloc"] == "default" and seen["rounds"] == 3
+    assert seen["malloc"] == "default" and seen["rounds"] == 3 and seen["times_only"]
 
 
 def stand_in(path: Path, script: str) -> str:

@@ -37,7 +37,11 @@ def kernels_page(answers: Sequence[dict[str, Any]]) -> str:
     ]
     lines += _table("The allocator as `train` sets it" if first["malloc"] == "tuned" else "glibc's own allocator", answers, said)
     if others := [answer["default_malloc"] for answer in answers if "default_malloc" in answer]:
-        lines += _table(f"glibc's own allocator: page faults of large results count; medians of {_rounds(others)} rounds", others, said)
+        lines += _table(
+            f"glibc's own allocator: page faults of large results count; medians of {_rounds(others)} rounds, times only: errors are those above",
+            others,
+            said,
+        )
     return "\n".join(lines) + "\n"
 
 

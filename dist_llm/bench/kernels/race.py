@@ -24,11 +24,14 @@ _GEMM = 1024
 _SLACK = 1.1
 
 
-def run_race(race: Race, device: torch.device, *, rounds: int | None = None, only: Collection[str] = ()) -> dict[str, Any]:
+def run_race(
+    race: Race, device: torch.device, *, rounds: int | None = None, only: Collection[str] = (), times_only: bool = False
+) -> dict[str, Any]:
     """Time every contestant of ``race``, or of its peers ``only`` these, if it has them.
 
     On CPU with one thread the clock is the CPU time of the process: it repeats on a shared machine, where wall time does not. On a GPU it is
-    the device's own events. Without ``rounds`` there are nine, fewer (at least three) where a round takes seconds.
+    the device's own events. Without ``rounds`` there are nine, fewer (at least three) where a round takes seconds. With ``times_only``
+    there are neither errors, which are None, nor definitions and yardsticks.
 
     Returns:
         ``{"title", "ours_ms", "peers": {name: ms}, "yardsticks": {name: ms}, "best_peer", "ratio", "ratios": {name: number}, "ceiling_ms",
@@ -40,17 +43,18 @@ def run_race(race: Race, device: torch.device, *, rounds: int | None = None, onl
     if not race.why_not_compiled:
         torch._dynamo.reset()
     peers = {name: fn for name, fn in race.all_peers().items() if not only or name in only}
-    errors = relative_errors(race, {"ours": race.ours, **peers, **race.definitions})
-    beside = {**race.definitions, **race.yardsticks}
+    definitions = {} if times_only else race.definitions
+    beside = {} if times_only else {**race.definitions, **race.yardsticks}
+    errors = {} if times_only else relative_errors(race, {"ours": race.ours, **peers, **definitions})
     ceilings = _ceilings(race, device)
     work = {name: race.call(fn) for name, fn in {"ours": race.ours, **peers, **beside}.items()}
     ms, rounds_run = _interleaved({**work, **ceilings}, device, rounds)
     # Whoever finds no finite numbers has computed nothing, however fast.
-    able = [name for name in peers if math.isfinite(errors[name].results)]
+    able = [name for name in peers if times_only or math.isfinite(errors[name].results)]
     best = _fastest(able, ms)
     ratios = {name: ms[name] / ms["ours"] for name in peers}
     aim = _fastest([name for name in able if not race.goal_against or name in race.goal_against], ms) if race.goal else None
-    bound = best or _fastest(race.definitions, ms)
+    own, theirs = errors.get("ours"), errors.get(best or _fastest(definitions, ms) or "")
     # Memory and products can overlap in principle, so the ceiling is the larger of the two, not their sum.
     ceiling_ms = {name: ms[name] * scale for name, scale in _scales(race).items()}
     limit = max(ceiling_ms, key=lambda name: ceiling_ms[name]) if ceiling_ms else None
@@ -67,11 +71,11 @@ def run_race(race: Race, device: torch.device, *, rounds: int | None = None, onl
         "ceiling": limit,
         "ceiling_ms": ceiling_ms[limit] if limit else None,
         "pct_of_ceiling": 100 * ceiling_ms[limit] / ms["ours"] if limit else None,
-        "err": errors["ours"].results,
-        "peer_err": errors[bound].results if bound else None,
+        "err": own.results if own else None,
+        "peer_err": theirs.results if theirs else None,
         "errors": {name: error.results for name, error in errors.items()},
-        "copies_err": errors["ours"].copies,
-        "copies_peer_err": errors[bound].copies if bound else None,
+        "copies_err": own.copies if own else None,
+        "copies_peer_err": theirs.copies if theirs else None,
         "goal": race.goal,
         "goal_against": list(race.goal_against),
         "goal_ratio": ratios[aim] if aim else None,

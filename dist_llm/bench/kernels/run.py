@@ -44,6 +44,7 @@ def run_case(
     rounds: int | None,
     malloc: str = "tuned",
     only: Collection[str] = (),
+    times_only: bool = False,
     say: Say = _silent,
 ) -> dict[str, Any]:
     """Race case ``name``.
@@ -54,8 +55,9 @@ def run_case(
         threads: CPU threads; None: torch's own choice.
         rounds: timed rounds, whose medians are reported; None: as ``run_race`` chooses.
         malloc: ``tuned`` keeps freed memory, as `dist-llm train` does; ``default`` takes glibc as it comes; ``both`` adds the second in a
-            process of its own, since an allocator cannot be untuned, with at most three rounds.
+            process of its own, since an allocator cannot be untuned, with at most three rounds and times only.
         only: peers to race; empty: all.
+        times_only: no errors and no yardsticks.
         say: told of each race before it starts.
 
     Returns:
@@ -80,7 +82,7 @@ def run_case(
     answers: list[dict[str, Any]] = []
     for race in races:
         say(f"{name}: {race.title} ({len(answers) + 1} of {len(races)}), {'default' if malloc == 'default' else 'tuned'} malloc")
-        answers.append(run_race(race, device, rounds=rounds, only=only))
+        answers.append(run_race(race, device, rounds=rounds, only=only, times_only=times_only))
     answer: dict[str, Any] = {
         **answers[0],
         "case": name,
@@ -97,6 +99,7 @@ def run_case(
             rounds=min(rounds or _DEFAULT_MALLOC_ROUNDS, _DEFAULT_MALLOC_ROUNDS),
             malloc="default",
             only=only,
+            times_only=True,
             say=say,
             env=untuned,
         )
@@ -111,6 +114,7 @@ def run_in_process(
     rounds: int | None,
     malloc: str,
     only: Collection[str] = (),
+    times_only: bool = False,
     say: Say = _silent,
     env: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -124,6 +128,7 @@ def run_in_process(
     words = ["bench", name, "--json", "--malloc", malloc, "--device", device.type]
     words += ["--rounds", str(rounds)] if rounds is not None else []
     words += ["--threads", str(threads)] if threads is not None else []
+    words += ["--times-only"] if times_only else []
     words += [word for peer in only for word in ("--peer", peer)]
     command, messages = [sys.executable, "-m", "dist_llm", *words], []
     # Its answer goes to a file: with two pipes, the one that is not read could fill up and stop the process.
@@ -166,10 +171,13 @@ def _race_lines(race: dict[str, Any]) -> Sequence[str]:
         versus += f" (goal {race['goal']:g}{aim}{reached})"
     limit = f", {race['pct_of_ceiling']:.0f} % of the ceiling ({race['ceiling']})" if race["ceiling"] else ""
     rounded = f", of the copies {race['copies_err']:.2g}" if race["copies_err"] is not None else ""
-    lines = [f"  {race['title']}: {race['ours_ms']:.3f} ms{versus}{limit}, error {race['err']:.2g}{rounded}"]
+    lines = [f"  {race['title']}: {race['ours_ms']:.3f} ms{versus}{limit}{_error(race, 'ours')}{rounded}"]
     for name, ms in race["peers"].items():
-        lines.append(f"    {name:<22} {ms:10.3f} ms   ours {race['ratios'][name]:.2f} times as fast   error {race['errors'][name]:.2g}")
-    for name, ms in race["yardsticks"].items():
-        error = f", error {race['errors'][name]:.2g}" if name in race["errors"] else ""
-        lines.append(f"    {name:<22} {ms:10.3f} ms   (a yardstick{error})")
+        lines.append(f"    {name:<22} {ms:10.3f} ms   ours {race['ratios'][name]:.2f} times as fast{_error(race, name)}")
+    lines += [f"    {name:<22} {ms:10.3f} ms   (a yardstick{_error(race, name)})" for name, ms in race["yardsticks"].items()]
     return [*lines, f"    {race['notes']}"] if race["notes"] else lines
+
+
+def _error(race: dict[str, Any], name: str) -> str:
+    error = race["errors"].get(name)
+    return "" if error is None else f", error {error:.2g}"
