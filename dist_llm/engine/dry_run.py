@@ -72,6 +72,8 @@ def resolve(config: RunConfig, *, ranks: int | None) -> dict[str, Any]:
             "activations_estimate": memory.activations,
             "logits_estimate": memory.logits,
             "total": memory.total,
+            # On a GPU `auto` still takes plain PyTorch for most ops, which keeps more for the backward.
+            "total_on_cpu": rank_memory(config, world, plain=not deepspeed, device="cpu").total,
         },
         "first_batch": {
             "rank_0_rows": [[r.start, r.stop - 1] for r in first],
@@ -152,7 +154,7 @@ def _as_text(answer: dict[str, Any]) -> str:
         f"parameters  {params['total']:,} ({params['embedding']:,} in embeddings, {params['non_embedding']:,} in blocks and norms)",
         f"memory      {byte_size(memory['total'])} on the fullest rank: parameters {byte_size(memory['parameters'])}, gradients {byte_size(memory['gradients'])}, "
         f"optimiser {byte_size(memory['optimizer'])}, activations about {byte_size(memory['activations_estimate'])}, "
-        f"logits about {byte_size(memory['logits_estimate'])}",
+        f"logits about {byte_size(memory['logits_estimate'])}, with what a GPU would compute; on a CPU {byte_size(memory['total_on_cpu'])}",
         f"first batch {answer['first_batch']['tokens']:,} tokens in {answer['first_batch']['micro_batches']} micro-batch(es) a rank; "
         f"rank 0 reads samples {answer['first_batch']['rank_0_rows'][:4]}",
         f"steps       {steps['from']} to {steps['to']}, {steps['tokens']:,} tokens ({steps['tokens_per_parameter']:.1f} a parameter, "

@@ -44,6 +44,7 @@ def test_memory_is_that_of_the_fullest_rank_of_the_layout(corpus: Path, tmp_path
     answer, alone = planned(corpus, tmp_path / "run", 8, *words), planned(corpus, tmp_path / "run", 1)
     expected = rank_memory(config_at("llama", list(words)), 8, plain=False)
     assert answer["memory_per_rank"]["total"] == expected.total
+    assert 0 < answer["memory_per_rank"]["total_on_cpu"] < expected.total
     # A stage of two blocks and a head, halved by tp: above a quarter of the model, below a third.
     assert 0.25 < answer["memory_per_rank"]["parameters"] / alone["memory_per_rank"]["parameters"] < 0.34
 
