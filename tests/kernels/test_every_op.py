@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,8 @@ def test_results_are_the_same_at_any_strides(case: Case, impl: Impl, layout: str
 @needs_extension
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_opcheck_accepts_the_ops_of_every_case(case: Case) -> None:
+    if any(impl.name == "native" for impl in case.impls):  # whose the ops are
+        case = replace(case, impls=tuple(impl for impl in case.impls if impl.name == "native" or impl is case.impls[-1]))
     checks = [check for dtype in first_runnable(case)[1] for check in case.checks(dtype)]
     assert checks or not any(case.checks(dtype) for dtype in case.dtypes), "no implementation runs in a dtype that has checks"
     for op, arguments in checks:
