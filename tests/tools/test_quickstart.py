@@ -17,7 +17,7 @@ from tests.engine.processes import records
 def quickstart(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     library = Path(sysconfig.get_path("stdlib"))
     sources = [str(library / name) for name in ("argparse.py", "ast.py", "json", "email", "asyncio", "http", "unittest")]
-    command = [sys.executable, ROOT / "tools/quickstart.py", "--minutes", "0.25", "--vocab-size", "512", "--work", tmp_path / "work",
+    command = [sys.executable, ROOT / "tools/quickstart.py", "--minutes", "0.5", "--vocab-size", "512", "--work", tmp_path / "work",
                "--run-dir", tmp_path / "run", "--source", *sources, *words]  # fmt: skip
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean_environment(), timeout=300, check=False)
 
