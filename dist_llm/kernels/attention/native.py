@@ -12,6 +12,7 @@ import torch
 
 from dist_llm.kernels.attention.reference import check_arguments, check_final
 from dist_llm.kernels.extension import why_no_kernel
+from dist_llm.kernels.strides import contiguous, last_dim_contiguous
 
 __all__ = ["attention_native", "attention_native_backward", "attention_native_block", "attention_native_lse", "why_not_native"]
 
@@ -62,8 +63,8 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     # An fp32 result of bf16 queries is rounded here, as the kernel wants one dtype.
     out = out.to(q.dtype)
     dq, dk, dv = torch.ops.dist_llm.attention_backward(
-        torch.zeros_like(out) if dout is None else _neighbouring(dout.to(q.dtype)),
-        None if dlse is None else dlse.contiguous(),
+        torch.zeros_like(out) if dout is None else last_dim_contiguous(dout.to(q.dtype)),
+        contiguous(dlse),
         *(q, k, v, out, lse, doc_ids, query_doc_ids, alibi_slopes),
         *ctx.options,
         False,
@@ -74,15 +75,6 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 torch.library.register_fake("dist_llm::attention", _fake)
 torch.library.register_fake("dist_llm::attention_backward", _fake_backward)
 torch.library.register_autograd("dist_llm::attention", _backward, setup_context=_save)
-
-
-def _neighbouring(t: torch.Tensor) -> torch.Tensor:
-    """``t``, copied only when its head dims are not neighbours: slices of a cache or of a fused projection are read in place."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def attention_native_lse(
@@ -133,9 +125,9 @@ def attention_native_lse(
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes require a gradient, which native attention does not compute; detach them")
     out, lse = torch.ops.dist_llm.attention(
-        *(_neighbouring(t) for t in (q, k, v)),
-        _contiguous(doc_ids),
-        _contiguous(query_doc_ids),
+        *(last_dim_contiguous(t) for t in (q, k, v)),
+        contiguous(doc_ids),
+        contiguous(query_doc_ids),
         None if alibi_slopes is None else alibi_slopes.float().contiguous(),
         causal,
         window or 0,
@@ -190,9 +182,9 @@ def attention_native_block(
     """
     check_arguments(q, k, v, causal=causal, doc_ids=doc_ids, query_doc_ids=query_doc_ids, soft_cap=soft_cap)
     out, lse = torch.ops.dist_llm.attention(
-        *(_neighbouring(t) for t in (q, k, v)),
-        _contiguous(doc_ids),
-        _contiguous(query_doc_ids),
+        *(last_dim_contiguous(t) for t in (q, k, v)),
+        contiguous(doc_ids),
+        contiguous(query_doc_ids),
         None,
         causal,
         0,
@@ -227,12 +219,12 @@ def attention_native_backward(
     check_arguments(q, k, v, causal=causal, doc_ids=doc_ids, query_doc_ids=query_doc_ids, soft_cap=soft_cap)
     check_final(dout, q, out, lse)
     dq, dk, dv = torch.ops.dist_llm.attention_backward(
-        _neighbouring(dout),
+        last_dim_contiguous(dout),
         None,
-        *(_neighbouring(t) for t in (q, k, v, out)),
+        *(last_dim_contiguous(t) for t in (q, k, v, out)),
         lse.contiguous(),
-        _contiguous(doc_ids),
-        _contiguous(query_doc_ids),
+        contiguous(doc_ids),
+        contiguous(query_doc_ids),
         None,
         causal,
         0,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dist_llm.kernels.extension import why_no_kernel
+from dist_llm.kernels.strides import contiguous
 
 __all__ = ["layer_norm_native", "layer_norm_residual_native", "why_not_native"]
 
@@ -81,10 +82,6 @@ def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 # mean and rstd are for backward only; nothing flows through them.
 
 
-def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def _backward(ctx: Any, dy: torch.Tensor, dmean: torch.Tensor | None, drstd: torch.Tensor | None) -> Grads:
     del dmean, drstd
     dx, dweight, dbias = torch.ops.dist_llm.layer_norm_backward(dy.contiguous(), *ctx.saved_tensors, None, ctx.with_bias)
@@ -97,7 +94,7 @@ def _backward_residual(
     del dmean, drstd
     if dy is None:
         return dsummed, dsummed, None, None, None
-    dx, dweight, dbias = torch.ops.dist_llm.layer_norm_backward(dy.contiguous(), *ctx.saved_tensors, _contiguous(dsummed), ctx.with_bias)
+    dx, dweight, dbias = torch.ops.dist_llm.layer_norm_backward(dy.contiguous(), *ctx.saved_tensors, contiguous(dsummed), ctx.with_bias)
     # x and residual enter as a sum, so one gradient is both's.
     return dx, dx, dweight, dbias if ctx.with_bias else None, None
 

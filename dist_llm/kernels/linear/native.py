@@ -12,9 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from dist_llm.kernels.extension import why_no_kernel
-from dist_llm.kernels.linear.function import LinearProduct
-from dist_llm.kernels.linear.onednn import onednn_product, why_not_onednn
-from dist_llm.kernels.linear.reference import joint_linear_reference, linear_reference
+from dist_llm.kernels.linear.onednn import onednn_layers, why_not_onednn
 
 __all__ = ["joint_linear_native", "linear_native", "weight_grad_native", "why_not_native"]
 
@@ -64,10 +62,7 @@ def linear_native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     Returns:
         (..., N) bf16.
     """
-    if x.numel() == 0 or weight.numel() == 0:
-        return linear_reference(x, weight, bias)  # oneDNN refuses empty products
-    y: torch.Tensor = LinearProduct.apply(onednn_product, weight_grad_native, x, 1, weight, bias)  # type: ignore[no-untyped-call]
-    return y
+    return onednn_layers(x, [weight], [bias], weight_grad_native)
 
 
 def joint_linear_native(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -81,7 +76,4 @@ def joint_linear_native(x: torch.Tensor, weights: Sequence[torch.Tensor], biases
     Returns:
         (..., N_1 + N_2 + ...) bf16.
     """
-    if x.numel() == 0 or all(weight.numel() == 0 for weight in weights):
-        return joint_linear_reference(x, weights, biases)  # oneDNN refuses empty products
-    y: torch.Tensor = LinearProduct.apply(onednn_product, weight_grad_native, x, len(weights), *weights, *biases)  # type: ignore[no-untyped-call]
-    return y
+    return onednn_layers(x, weights, biases, weight_grad_native)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_llm.kernels.linear.function import LinearProduct
+from dist_llm.kernels.linear.function import LinearProduct, WeightGrad
 from dist_llm.kernels.linear.reference import joint_linear_reference, weight_grad_reference
+from dist_llm.kernels.strides import contiguous
 
-__all__ = ["joint_linear_onednn", "linear_onednn", "onednn_product", "weight_grad_onednn", "why_not_onednn"]
+__all__ = ["joint_linear_onednn", "linear_onednn", "onednn_layers", "weight_grad_onednn", "why_not_onednn"]
 
 
 def why_not_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -31,10 +32,19 @@ def why_not_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def onednn_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """X A^T + b without a gradient; no argument may be empty."""
-    bias = None if bias is None else bias.contiguous()  # it reads one as if it were
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
+def onednn_layers(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], weight_grad: WeightGrad
+) -> torch.Tensor:
+    """``joint_linear_reference`` of one layer or several by oneDNN's product, with the gradients of weights and biases by ``weight_grad``."""
+    if x.numel() == 0 or all(weight.numel() == 0 for weight in weights):
+        return joint_linear_reference(x, weights, biases)  # oneDNN refuses empty products
+    y: torch.Tensor = LinearProduct.apply(_product, weight_grad, x, len(weights), *weights, *biases)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    # It reads a bias as if it were contiguous.
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), contiguous(bias), "none", [], "")
     return y
 
 
@@ -49,10 +59,7 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     Returns:
         (..., N) bf16.
     """
-    if x.numel() == 0 or weight.numel() == 0:
-        return torch.nn.functional.linear(x, weight, bias)  # oneDNN refuses empty products
-    y: torch.Tensor = LinearProduct.apply(onednn_product, weight_grad_onednn, x, 1, weight, bias)  # type: ignore[no-untyped-call]
-    return y
+    return onednn_layers(x, [weight], [bias], weight_grad_onednn)
 
 
 def joint_linear_onednn(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -66,10 +73,7 @@ def joint_linear_onednn(x: torch.Tensor, weights: Sequence[torch.Tensor], biases
     Returns:
         (..., N_1 + N_2 + ...) bf16.
     """
-    if x.numel() == 0 or all(weight.numel() == 0 for weight in weights):
-        return joint_linear_reference(x, weights, biases)  # oneDNN refuses empty products
-    y: torch.Tensor = LinearProduct.apply(onednn_product, weight_grad_onednn, x, len(weights), *weights, *biases)  # type: ignore[no-untyped-call]
-    return y
+    return onednn_layers(x, weights, biases, weight_grad_onednn)
 
 
 def weight_grad_onednn(dy: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from dist_llm.kernels.extension import why_no_kernel
 from dist_llm.kernels.moe.reference import Route, Scores, check_route, check_unpermute
+from dist_llm.kernels.strides import contiguous
 
 __all__ = ["moe_permute_native", "moe_route_native", "moe_unpermute_native", "why_not_native", "why_not_native_route"]
 
@@ -47,10 +48,6 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
 def why_not_native_route(device: torch.device, dtype: torch.dtype) -> str | None:
     """The same of the choice of experts; ``dtype`` is that of the logits."""
     return why_no_kernel("moe_route", device, dtype)
-
-
-def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 # Shapes without data.
@@ -122,7 +119,7 @@ def _backward_route(ctx: Any, dweights: torch.Tensor | None, dexperts: None, dpr
     del dexperts, dcounts
     dlogits = None
     if dweights is not None or dprobabilities is not None:
-        grads = (_contiguous(dweights), _contiguous(dprobabilities))
+        grads = (contiguous(dweights), contiguous(dprobabilities))
         dlogits = torch.ops.dist_llm.moe_route_backward(*grads, *ctx.saved_tensors, *ctx.options)
     return dlogits, *[None] * 7
 
@@ -199,7 +196,7 @@ def moe_route_native(
     """
     check_route(logits, top_k, scores, bias, groups, groups_kept, scale)
     route: Route = torch.ops.dist_llm.moe_route(
-        logits.contiguous(), _contiguous(bias), top_k, scores == "sigmoid", groups, groups_kept, normalize, scale
+        logits.contiguous(), contiguous(bias), top_k, scores == "sigmoid", groups, groups_kept, normalize, scale
     )
     return route
 
@@ -241,5 +238,5 @@ def moe_unpermute_native(rows: torch.Tensor, source: torch.Tensor, weights: torc
         ValueError: the shapes do not fit.
     """
     check_unpermute(rows, source, weights, top_k)
-    out: torch.Tensor = torch.ops.dist_llm.moe_unpermute(rows.contiguous(), source.contiguous(), _contiguous(weights), top_k)
+    out: torch.Tensor = torch.ops.dist_llm.moe_unpermute(rows.contiguous(), source.contiguous(), contiguous(weights), top_k)
     return out

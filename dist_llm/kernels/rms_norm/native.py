@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dist_llm.kernels.extension import why_no_kernel
+from dist_llm.kernels.strides import contiguous
 
 __all__ = ["rms_norm_native", "rms_norm_residual_native", "why_not_native"]
 
@@ -63,10 +64,6 @@ def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 # rstd is for backward only; nothing flows through it.
 
 
-def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def _backward(ctx: Any, dy: torch.Tensor, drstd: torch.Tensor | None) -> Grads:
     del drstd
     x, weight, rstd = ctx.saved_tensors
@@ -79,7 +76,7 @@ def _backward_residual(ctx: Any, dy: torch.Tensor | None, dsummed: torch.Tensor 
     if dy is None:
         return dsummed, dsummed, None, None
     summed, weight, rstd = ctx.saved_tensors
-    dx, dweight = torch.ops.dist_llm.rms_norm_backward(dy.contiguous(), summed, weight, rstd, _contiguous(dsummed))
+    dx, dweight = torch.ops.dist_llm.rms_norm_backward(dy.contiguous(), summed, weight, rstd, contiguous(dsummed))
     # x and residual enter as a sum, so one gradient is both's.
     return dx, dx, dweight, None
 

@@ -12,6 +12,7 @@ import torch
 
 from dist_llm.kernels.extension import why_no_kernel
 from dist_llm.kernels.rotary.reference import check_rotary
+from dist_llm.kernels.strides import last_dim_contiguous
 
 __all__ = ["rotary_native", "why_not_native"]
 
@@ -37,7 +38,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     cos, sin = ctx.saved_tensors
-    return torch.ops.dist_llm.rotary(_heads_in_line(dy), cos, sin, not ctx.inverse), None, None, None
+    return torch.ops.dist_llm.rotary(last_dim_contiguous(dy), cos, sin, not ctx.inverse), None, None, None
 
 
 torch.library.register_fake("dist_llm::rotary", _fake)
@@ -62,15 +63,11 @@ def rotary_native(x_BTNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
     check_rotary(x_BTNH, cos, sin)
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("cos and sin are tables of positions: the compiled rotary has no gradient of them; detach them")
-    y: torch.Tensor = torch.ops.dist_llm.rotary(_heads_in_line(x_BTNH), _table(cos, x_BTNH), _table(sin, x_BTNH), False)
+    y: torch.Tensor = torch.ops.dist_llm.rotary(last_dim_contiguous(x_BTNH), _table(cos, x_BTNH), _table(sin, x_BTNH), False)
     return y
-
-
-def _heads_in_line(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _table(table: torch.Tensor, x_BTNH: torch.Tensor) -> torch.Tensor:
     if table.shape[:2] != x_BTNH.shape[:2]:
         table = table.expand(*x_BTNH.shape[:2], -1, -1)
-    return _heads_in_line(table)
+    return last_dim_contiguous(table)
