@@ -9,6 +9,7 @@ nothing is allocated for a group. The number of rows of a group is known there a
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -27,28 +28,26 @@ torch.library.define("dist_llm::moe_zero_rest_", "(Tensor(a!) rows, Tensor count
 ALIGNED_BF16 = 8
 
 
-def _groups(counts: torch.Tensor, num_rows: int) -> tuple[list[int], list[int]]:
-    """First row of each group, and one after its last, on the host.
+def _groups(counts: torch.Tensor, num_rows: int) -> tuple[list[tuple[int, int]], int]:
+    """First row of each group and one after its last, and the rows of all, on the host.
 
     Raises:
         ValueError: a count is negative, or they add up to more than the rows.
     """
     sizes = counts.tolist()
-    ends: list[int] = []
-    for size in sizes:
-        ends.append((ends[-1] if ends else 0) + size)
-    if min(sizes, default=0) < 0 or (ends and ends[-1] > num_rows):
+    bounds = [0, *accumulate(sizes)]
+    if min(sizes, default=0) < 0 or bounds[-1] > num_rows:
         raise ValueError(f"counts {sizes} must not be negative, nor add up to more than the number of rows ({num_rows})")
-    return [end - size for end, size in zip(ends, sizes, strict=True)], ends
+    return list(pairwise(bounds)), bounds[-1]
 
 
 def _linear_by_group(rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    begins, ends = _groups(counts, rows.shape[0])
-    for expert, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+    groups, used = _groups(counts, rows.shape[0])
+    for expert, (begin, end) in enumerate(groups):
         if end > begin:
             torch.mm(rows[begin:end], weight[expert].t(), out=out[begin:end])
-    out[ends[-1] if ends else 0 :].zero_()
+    out[used:].zero_()
     return out
 
 
@@ -56,8 +55,8 @@ def _backward_by_group(
     dout: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor, needs_rows: bool, needs_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     drows, dweight = _new_grads(rows, weight, needs_rows, needs_weight)
-    begins, ends = _groups(counts, rows.shape[0])
-    for expert, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+    groups, used = _groups(counts, rows.shape[0])
+    for expert, (begin, end) in enumerate(groups):
         arriving = dout[begin:end]
         if needs_rows and end > begin:
             torch.mm(arriving, weight[expert], out=drows[begin:end])
@@ -66,7 +65,7 @@ def _backward_by_group(
         elif needs_weight:
             dweight[expert].zero_()
     if needs_rows:
-        drows[ends[-1] if ends else 0 :].zero_()
+        drows[used:].zero_()
     return drows, dweight
 
 
