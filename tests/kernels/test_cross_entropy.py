@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_llm.kernels.cross_entropy.native import (
     cross_entropy_backward_native,
@@ -23,6 +22,7 @@ from dist_llm.kernels.cross_entropy.reference import (
     cross_entropy_reference,
     linear_cross_entropy_reference,
 )
+from tests.kernels.recorder import Recorder
 
 CPU = torch.device("cpu")
 IGNORE = -100
@@ -300,36 +300,19 @@ def test_linear_native_without_gradients_is_the_same_loss() -> None:
 @needs_native
 def test_linear_native_never_holds_more_than_a_sixteenth_of_the_logits() -> None:
     hidden, weight, targets = make_linear((256, 8, 500), torch.float32, torch.float32)
-    largest = 0
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for result in out if isinstance(out, (tuple, list)) else (out,):
-                largest = max(largest, result.numel() if isinstance(result, torch.Tensor) else 0)
-            return out
-
     # The body of the op: called through the dispatcher, it would be one opaque op.
-    with Recorder():
+    with Recorder() as seen:
         linear_forward(hidden, weight, targets, IGNORE, 0.0, 16, True)
-    assert largest == 256 * 500 // 16
+    assert seen.largest == 256 * 500 // 16
 
 
 @needs_native
 def test_linear_native_backward_makes_no_zeros_for_the_gradients_it_keeps() -> None:
-    zeros: list[str] = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            zeros.extend([str(func)] if "zeros" in str(func) else [])
-            return func(*args, **(kwargs or {}))
-
     hidden, weight, targets = make_linear((48, 16, 100), torch.float32, torch.float32)
     loss = linear_cross_entropy_native(hidden.requires_grad_(), weight.requires_grad_(), targets, ignore=IGNORE)
-    with Recorder():
+    with Recorder() as seen:
         loss.backward()
-    assert zeros == []
+    assert seen.ops and seen.zeros == []
 
 
 @needs_native

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_llm.kernels.embedding.native import embedding_backward_into_native, embedding_native, why_not_native
 from dist_llm.kernels.embedding.reference import embedding_backward_into_reference, embedding_reference
+from tests.kernels.recorder import Recorder
 
 CPU = torch.device("cpu")
 
@@ -56,20 +56,11 @@ def test_reference_rounds_a_row_of_the_gradient_once() -> None:
 
 
 def test_reference_makes_no_wide_copy_of_the_table_and_compiles_as_one_graph() -> None:
-    largest = 0
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            largest = max(largest, out.numel())
-            return out
-
     table = torch.randn(1000, 12).bfloat16()
     ids = torch.tensor([[0, 999, 7], [7, 0, 7]])
-    with Recorder():
+    with Recorder() as seen:
         rows = embedding_reference(ids, table, torch.float32)
-    assert rows.dtype == torch.float32 and largest == rows.numel()
+    assert rows.dtype == torch.float32 and seen.largest == rows.numel()
     torch._dynamo.reset()
     compiled = torch.compile(embedding_reference, fullgraph=True, backend="aot_eager")
     results = []
